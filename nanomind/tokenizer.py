@@ -1,0 +1,311 @@
+"""Text to token ids and back, and chats to ids with their loss mask: everything that touches a trained tokenizer.
+In: a folder with tokenizer.json (made by bpe.py, or that of another byte-level BPE model). Out: ids that are equal to those of
+Hugging Face `tokenizers` for every text, and text again, byte for byte.
+Next: tokenizer_json.py
+"""
+
+import codecs
+import hashlib
+import heapq
+import json
+import os
+from pathlib import Path
+
+import regex
+
+from nanomind import tokenizer_json
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+IMAGE_PAD = "<|image_pad|>"  # id 3 where a model sees images
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('role must be system, user or assistant') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+CACHE_SIZE = 50_000  # words and pairs remembered by encode(); the caches are emptied when they reach it
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    vocab_size    largest id + 1
+    special       {text: id} of the control tokens; end_of_text, im_start, im_end, image_pad: the id or None
+    token_bytes   for every id the bytes it stands for, b"" for a control token
+    hash          changes when an encoding could change, not with the formatting of the file
+    """
+
+    def __init__(self, spec, config=None):
+        self.spec, self.config = spec, config or {}
+        self.vocab, merges, self.ignore_merges = tokenizer_json.read_model(spec)
+        self.split, self.known_pattern = tokenizer_json.read_splitter(spec)
+        self.normalize = tokenizer_json.read_normalizer(spec)
+        self.added = tokenizer_json.read_added(spec)
+        self.special = {text: i for text, i, special, _ in self.added if special}
+        self.vocab_size = max([*self.vocab.values(), *(i for _, i, _, _ in self.added)]) + 1
+        self._read_tokens(merges)
+        self._matchers = [self._matcher(normalized) for normalized in (False, True)]
+        self._words, self._pairs = {}, {}
+        eos = self.config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        self.end_of_text = self.special.get(SPECIALS[0], self.special.get(eos))
+        self.im_start, self.im_end = (self.special.get(text) for text in SPECIALS[1:])
+        self.image_pad = self.special.get(IMAGE_PAD)
+
+    def _read_tokens(self, merges):
+        """From the printable tokens of the file to bytes, and from pairs of tokens to pairs of ids."""
+        byte_of = {char: byte for byte, char in enumerate(tokenizer_json.byte_chars())}
+        added = {i: b"" if special else text.encode() for text, i, special, _ in self.added}
+        self.token_bytes = [b""] * self.vocab_size
+        for token, i in self.vocab.items():
+            if i not in added:
+                try:
+                    self.token_bytes[i] = bytes([byte_of[char] for char in token])
+                except KeyError:
+                    raise ValueError(f"tokenizer.json: token {i} is {token!r}, expected byte-level characters only") from None
+        for i, text in added.items():
+            self.token_bytes[i] = text
+        self._byte_id = [self.vocab[char] for char in tokenizer_json.byte_chars()]
+        self.merges = [(self.vocab[left], self.vocab[right], self.vocab[left + right]) for left, right in merges]
+        self._rank = {(left, right): (rank, new) for rank, (left, right, new) in enumerate(self.merges)}
+        made, self._proper = set(self._byte_id), len(self._rank) == len(self.merges)
+        for left, right, new in self.merges:  # each token made once, of tokens made before: what the proof in _fast needs
+            self._proper = self._proper and left in made and right in made and new not in made
+            made.add(new)
+        self._made = {self.token_bytes[i]: i for i in made}
+        self._longest = max(map(len, self._made))
+
+    def _matcher(self, normalized):
+        texts = sorted((text for text, _, _, n in self.added if n == normalized), key=len, reverse=True)
+        return regex.compile("|".join(map(regex.escape, texts))) if texts else None
+
+    # ---- files
+
+    @classmethod
+    def load(cls, path):
+        """Read a folder (tokenizer.json and, if there, tokenizer_config.json), or the path of a tokenizer.json."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found: expected a tokenizer made by `python bpe.py train FILES --out {path}`")
+        config = file.with_name("tokenizer_config.json")
+        try:
+            return cls(_read_json(file), _read_json(config) if config.is_file() else None)
+        except ValueError as problem:
+            raise ValueError(f"{file.parent}/{problem}" if str(problem).startswith("tokenizer.json") else problem) from None
+
+    def save(self, folder):
+        """Write tokenizer.json (as `tokenizers` would, to the byte) and tokenizer_config.json; each appears whole or not at all."""
+        write_whole(Path(folder) / "tokenizer.json", json.dumps(self.spec, ensure_ascii=False, indent=2))
+        write_whole(Path(folder) / "tokenizer_config.json", json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
+
+    @property
+    def hash(self):
+        names = ("normalizer", "pre_tokenizer", "added_tokens")
+        content = [[self.spec.get(name) for name in names], sorted(self.vocab.items()), self.merges, self.ignore_merges]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    # ---- text -> ids
+
+    def encode(self, text, specials=False):
+        """Ids of a text. specials=False: `<|im_end|>` in the text is ordinary text (what a user types never becomes a control
+        token); specials=True: it becomes the control token. (Added tokens that are no control tokens, which only other models'
+        files have, are found in both cases, as in `tokenizers`.)"""
+        ids = []
+        for piece, token in self._cut(text, specials):
+            if token is not None:
+                ids.append(token)
+            else:
+                for word in self.split(piece):
+                    ids += self._words.get(word) or self._encode_word(word)
+        return ids
+
+    def encode_many(self, texts):
+        """A corpus: (ids of all texts in a row as uint16 or uint32, index of each text's first id as int64). Ids as encode()."""
+        import numpy as np
+        rows = [self.encode(text) for text in texts]
+        starts = np.zeros(len(rows), np.int64)
+        starts[1:] = np.cumsum([len(row) for row in rows[:-1]])
+        ids = np.array([i for row in rows for i in row], np.uint16 if self.vocab_size <= 65536 else np.uint32)
+        return ids, starts
+
+    def _cut(self, text, specials):
+        """Yield (piece, None) and (text of an added token, its id). Tokens marked `normalized` are looked for after the
+        normalizer, the others before it."""
+        for piece, token in self._cut_with(self._matchers[0], text, specials):
+            if token is not None:
+                yield piece, token
+            else:
+                yield from self._cut_with(self._matchers[1], self.normalize(piece), specials)
+
+    def _cut_with(self, matcher, text, specials):
+        ids = {content: i for content, i, special, _ in self.added if specials or not special} if matcher else {}
+        done = 0
+        for match in matcher.finditer(text) if ids else ():
+            if match.group() in ids:
+                if match.start() > done:
+                    yield text[done:match.start()], None
+                yield match.group(), ids[match.group()]
+                done = match.end()
+        if done < len(text):
+            yield text[done:], None
+
+    def _encode_word(self, word):
+        """Ids of one pre-token, remembered."""
+        data = word.encode("utf-8", "replace")  # a lone surrogate is no text: '?'
+        if self.ignore_merges and data in self._made:
+            ids = [self._made[data]]
+        else:
+            ids = self._fast(data) if self._proper else self._scan(data)
+        if len(self._words) >= CACHE_SIZE:
+            self._words.clear()
+        if len(data) < 256:
+            self._words[word] = ids
+        return ids
+
+    def _fast(self, data):
+        """Longest match from the left, then a proof that it is the BPE encoding; else the scan.
+
+        A sequence of tokens is THE encoding of its bytes if and only if every two neighbours are the encoding of theirs
+        (github/rust-gems `bpe`, corollary III). Pairs repeat, so they are remembered."""
+        ids, start = [], 0
+        while start < len(data):
+            for end in range(min(len(data), start + self._longest), start, -1):
+                if data[start:end] in self._made:
+                    break
+            ids.append(self._made[data[start:end]])
+            start = end
+        if len(ids) == 1:
+            return ids if self._stable(ids[0], ids[0]) else self._scan(data)
+        return ids if all(map(self._stable, ids, ids[1:])) else self._scan(data)
+
+    def _stable(self, left, right):
+        """Do these neighbours stay as they are when their bytes are encoded? (left, left): is it the encoding of itself?"""
+        known = self._pairs.get((left, right))
+        if known is None:
+            ids = self._scan(self.token_bytes[left] + self.token_bytes[right])
+            known = ids == [left, right]
+            if len(self._pairs) >= CACHE_SIZE:
+                self._pairs.clear()
+            self._pairs[left, right] = known
+        return known
+
+    def _scan(self, data):
+        """BPE itself: join the pair of lowest rank, the leftmost first, until no pair has a rank. A heap and a linked list keep it
+        O(n log n), so a line of a megabyte without a blank is no problem."""
+        ids = [self._byte_id[byte] for byte in data]
+        after = list(range(1, len(ids) + 1))
+        before = list(range(-1, len(ids) - 1))
+        heap = []
+        for i in range(len(ids) - 1):
+            if (ids[i], ids[i + 1]) in self._rank:
+                heap.append((self._rank[ids[i], ids[i + 1]][0], i))
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            left, right, new = self.merges[rank]
+            j = after[i]
+            if ids[i] != left or j >= len(ids) or ids[j] != right:
+                continue  # one of the two has been joined to something else meanwhile
+            ids[i], ids[j], after[i] = new, None, after[j]
+            if after[j] < len(ids):
+                before[after[j]] = i
+            for a, b in ((before[i], i), (i, after[i])):
+                if a >= 0 and b < len(ids) and (ids[a], ids[b]) in self._rank:
+                    heapq.heappush(heap, (self._rank[ids[a], ids[b]][0], a))
+        return [i for i in ids if i is not None]
+
+    # ---- ids -> text
+
+    def decode_bytes(self, ids, specials=True):
+        """The bytes of the ids; control tokens show as their text, or are left out."""
+        shown = {i: text.encode() for text, i in self.special.items()} if specials else {}
+        try:
+            return b"".join([shown.get(int(i)) or self.token_bytes[int(i)] for i in ids])
+        except IndexError:
+            raise ValueError(f"token id {max(ids)} does not exist: the vocabulary ends at {self.vocab_size - 1}") from None
+
+    def decode(self, ids, specials=True):
+        return self.decode_bytes(ids, specials).decode("utf-8", "replace")
+
+    def stream(self, specials=True):
+        """An object with push(id) -> text and end() -> text for showing text while it is made: never half a character."""
+        return Stream(self, specials)
+
+    # ---- chats
+
+    def render_chat(self, messages):
+        """Ids and loss mask of a conversation: per turn `<|im_start|>role\\ncontent<|im_end|>\\n`.
+
+        The mask is 1 on what the model has to say: assistant content and its `<|im_end|>`. Content is never changed, and encoded
+        on its own with specials off; no text can end its turn or change the mask."""
+        ids, mask = [], []
+        for number, message in enumerate(messages):
+            role, content = _check(message, number)
+            head, body = self._turn(role), self.encode(content) + [self.im_end]
+            tail = self.encode("\n")
+            ids += head + body + tail
+            mask += [0] * len(head) + [int(role == "assistant")] * len(body) + [0] * len(tail)
+        return ids, mask
+
+    def render_prompt(self, messages):
+        """Ids of a conversation that waits for the answer: ends with `<|im_start|>assistant\\n`."""
+        return self.render_chat(messages)[0] + self._turn("assistant")
+
+    def _turn(self, role):
+        if self.im_start is None or self.im_end is None:
+            raise ValueError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot render chats")
+        return [self.im_start, *self.encode(role + "\n")]
+
+
+class Stream:
+    """Decodes ids one at a time; the bytes of an unfinished character are kept for the next push."""
+
+    def __init__(self, tokenizer, specials):
+        self.tokenizer, self.specials = tokenizer, specials
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        return self.decoder.decode(self.tokenizer.decode_bytes([token], self.specials))
+
+    def end(self):
+        return self.decoder.decode(b"", final=True)
+
+
+def new(merges, specials=SPECIALS, pattern="gpt2"):
+    """A tokenizer from merges: list of (left, right) byte strings in order."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIALS[0], "eos_token": SPECIALS[2],
+              "pad_token": SPECIALS[0], "unk_token": None, "clean_up_tokenization_spaces": False,
+              "added_tokens_decoder": {str(i): {"content": text, **flags} for i, text in enumerate(specials)},
+              "chat_template": CHAT_TEMPLATE}
+    return Tokenizer(tokenizer_json.build(merges, specials, pattern), config)
+
+
+def write_whole(path, text):
+    """Write a file beside its place, then rename: after a crash there is the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read_json(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file}: not JSON ({problem})") from None
+
+
+def _check(message, number):
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"message {number} is {str(message)[:80]!r}, expected {{'role': ..., 'content': text}}")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"message {number} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+    return message["role"], message["content"]
