@@ -1,0 +1,156 @@
+"""What the data_prep commands share: flags, the division into train and val, worker processes and the report.
+In: raw files and a tokenizer folder. Out: a data folder (nanomind/bins.py), the same to the byte for any number of workers.
+Each kind of data is a module with two functions, everything else happens here:
+  items(reader)             raw records -> (key, item, characters); equal keys never end up on both sides of train and val
+  encode(tokenizer, items)  items -> ids, starts, mask (or None) of their documents in a row
+Next: data_prep/text.py
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from nanomind.records import Reader, find_files
+
+VAL_SHARE = 0.01
+BATCH = 1_000_000  # characters handed to a worker at a time
+
+
+def command(kind, description):
+    """The command line of data_prep.<kind>."""
+    parser = argparse.ArgumentParser(prog=f"python -m data_prep.{kind}", description=description)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt .jsonl .json files (also .gz .xz) or folders with such files")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json, made by bpe.py")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to make, for example data/x")
+    parser.add_argument("--val", nargs="+", default=[], metavar="FILE", help="files to validate on; without them a share of the input is held out")
+    parser.add_argument("--val-share", type=float, metavar="SHARE", help=f"share of the input held out for validation (default {VAL_SHARE})")
+    parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="share of bad records that is still put up with (default 0.01)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores for more than a few MB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished data folder at --out")
+    a = parser.parse_args()
+    if a.val and a.val_share is not None:
+        raise ValueError("--val and --val-share exclude each other: validate on files or on a share of the input")
+    prepare(kind, a.input, a.tokenizer, a.out, VAL_SHARE if a.val_share is None else a.val_share, a.val, a.max_bad, a.workers, a.overwrite)
+
+
+def prepare(kind, inputs, tokenizer, out, val_share=VAL_SHARE, val=(), max_bad=0.01, workers=0, overwrite=False):
+    """Make the data folder `out` from raw files. kind: text, chat or pairs. With `val` files, `val_share` is not used."""
+    from tqdm import tqdm  # here, because --help must not wait for it
+
+    from nanomind.bins import Writer
+    from nanomind.tokenizer import Tokenizer
+
+    if not 0 <= val_share < 1 or not 0 <= max_bad <= 1 or workers < 0:
+        raise ValueError(f"--val-share {val_share:g}, --max-bad {max_bad:g}, --workers {workers}: expected shares from 0 to 1 and 0 or more workers")
+    began = time.perf_counter()
+    loaded = Tokenizer.load(tokenizer)
+    if loaded.end_of_text is None:
+        raise ValueError(f"{tokenizer}: the tokenizer has no <|endoftext|>, which has to begin every document; make one with python bpe.py train")
+    size = sum(path.stat().st_size for path in find_files([*inputs, *val]))
+    workers = workers or (os.cpu_count() if size > 4 * BATCH else 1)
+    with Writer(out, loaded, kind, mask=kind != "text", overwrite=overwrite) as writer:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"prepare {kind}", disable=None) as bar:
+            readers = {"train": Reader(inputs, max_bad, bar.update)}
+            if val:
+                readers["val"], val_share = Reader(val, max_bad, bar.update), 0
+            characters = Counter()
+            for split, documents in _encoded(_batches(kind, readers, val_share, characters), kind, tokenizer, loaded, workers):
+                writer.add(split, *documents)
+        skipped = sum((reader.reasons for reader in readers.values()), Counter())
+        writer.close([path.name for reader in readers.values() for path in reader.files], skipped)
+    _report(out, writer.totals, readers, characters, time.perf_counter() - began, workers)
+
+
+def _batches(kind, readers, val_share, characters):
+    """(split, items) with about BATCH characters each; counts the characters of each split."""
+    for source, reader in readers.items():
+        waiting, sizes = {"train": [], "val": []}, Counter()
+        for key, item, size in importlib.import_module(f"data_prep.{kind}").items(reader):
+            split = "val" if source == "val" or _share(key) < val_share else "train"
+            waiting[split].append(item)
+            sizes[split] += size
+            characters[split] += size
+            if sizes[split] >= BATCH:
+                yield split, waiting[split]
+                waiting[split], sizes[split] = [], 0
+        yield from ((split, items) for split, items in waiting.items() if items)
+
+
+def _share(key):
+    """A number in [0, 1) that depends on nothing but the text: file order, other documents and re-runs change nothing."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
+
+
+def _encoded(batches, kind, folder, tokenizer, workers):
+    """(split, (ids, starts, mask)) for each batch, in order; at most 2 x workers batches are under way."""
+    if workers == 1:
+        encode = importlib.import_module(f"data_prep.{kind}").encode
+        yield from ((split, encode(tokenizer, items)) for split, items in batches)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        under_way = deque()
+        for split, items in batches:
+            under_way.append((split, pool.submit(_work, kind, str(folder), items)))
+            if len(under_way) > 2 * workers:
+                split, future = under_way.popleft()
+                yield split, future.result()
+        yield from ((split, future.result()) for split, future in under_way)
+    except BrokenProcessPool:
+        raise ValueError("a worker process died, perhaps for want of memory; try --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    """Ctrl-C is the parent's business; when the parent is gone, so is the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(kind, folder, items):
+    tokenizer, encode = _tools(kind, folder)
+    return encode(tokenizer, items)
+
+
+@functools.cache
+def _tools(kind, folder):
+    from nanomind.tokenizer import Tokenizer
+
+    return Tokenizer.load(folder), importlib.import_module(f"data_prep.{kind}").encode
+
+
+def _report(out, totals, readers, characters, seconds, workers):
+    for reader in readers.values():
+        if reader.bad:
+            print(reader.explain())
+    for split, total in totals.items():
+        if total["tokens"]:
+            print(
+                f"{split:5} {total['documents']:,} documents, {total['tokens']:,} tokens, {total['bytes']:,} bytes; "
+                f"{characters[split] / total['tokens']:.2f} characters and {total['bytes'] / total['tokens']:.2f} bytes per token"
+                + (f"; {total['targets'] / total['tokens']:.0%} of the tokens are targets" if total["targets"] < total["tokens"] else "")
+            )
+    everything = {name: sum(total[name] for total in totals.values()) for name in ("tokens", "bytes")}
+    print(f"val is {totals['val']['tokens'] / everything['tokens']:.2%} of the tokens" + ("" if totals["val"]["tokens"] else ": nothing to validate on; raise --val-share or give --val"))
+    print(f"{everything['bytes'] / 1e6:.1f} MB in {seconds:.1f} s = {everything['bytes'] / 1e6 / seconds:.1f} MB/s with {workers} worker{'s' * (workers > 1)}{_peak(workers)}")
+    print(f"data folder: {out}")
+
+
+def _peak(workers):
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"; peak memory {own:.0f} MB" + (f" + {workers} x {worker:.0f} MB" if workers > 1 else "")
