@@ -121,7 +121,7 @@ def read_splitter(spec):
     if not any(part["type"] == "ByteLevel" for part in parts):
         refuse("pre_tokenizer", pre["type"], "ByteLevel, or a Sequence with it")
     known = {(GPT2,): "gpt2", (GPT4,): "gpt4"}.get(tuple(getattr(step, "pattern", step) for step in steps))
-    newer = regex.compile("[" + re.sub(r"(\w+)-(\w+)\s*", lambda m: _range(*m.groups()), NEWER_THAN_UNICODE_16) + "]")
+    newer = newer_characters()
 
     def split(text):
         pieces = [text]
@@ -135,8 +135,15 @@ def read_splitter(spec):
     return split, known
 
 
-def _range(first, last):
-    return f"{chr(int(first, 16))}-{chr(int(last, 16))}"
+def newer_characters():
+    ranges = [[chr(int(end, 16)) for end in pair.split("-")] for pair in NEWER_THAN_UNICODE_16.split()]
+    return regex.compile("[" + "".join(f"{first}-{last}" for first, last in ranges) + "]")
+
+
+def character_classes(chars):
+    """The class of each character as the patterns see it: 1 other, 2 letter, 3 number, 4 blank, 5 space, 6 newline."""
+    newer, classes = newer_characters(), regex.compile(r"(?:([\r\n])|( )|(\s)|(\p{N})|(\p{L}))?")
+    return [1 if newer.match(char) else 7 - (classes.match(char).lastindex or 6) for char in chars]
 
 
 def _steps(part):
