@@ -158,27 +158,22 @@ def _utf8_lines(file):
 
 
 def _text_documents(file):
-    parts, size, first = [], 0, 1
+    parts, size, first = [], 0, 1  # of the document under way; `first` is its first line that is not blank
     for number, line, problem in _utf8_lines(file):
         if problem or "\0" in line:
             yield number, None, problem or ("a NUL byte, so this is no text file",)
             continue
-        *endings, line = line.replace("\r\n", "\n").split(SEPARATOR)
-        for part in endings:
-            yield from _document(first, parts + [part])
-            parts, size, first = [], 0, number
-        parts.append(line)
-        size += len(line)
-        if size > DOCUMENT and (size > 4 * DOCUMENT or not line.strip()):
-            yield from _document(first, parts)
-            parts, size, first = [], 0, number + 1
-    yield from _document(first, parts)
-
-
-def _document(line, parts):
-    text = "".join(parts).strip("\n")
-    if text.strip():
-        yield line, {"text": text}, None
+        pieces = line.replace("\r\n", "\n").split(SEPARATOR)
+        for i, part in enumerate(pieces):
+            first = first if size else number
+            parts.append(part)
+            size += len(part) if size else len(part.strip())
+            if i + 1 < len(pieces) or size > DOCUMENT and (size > 4 * DOCUMENT or not line.strip()):
+                if size:
+                    yield first, {"text": "".join(parts).strip("\n")}, None
+                parts, size = [], 0
+    if size:
+        yield first, {"text": "".join(parts).strip("\n")}, None
 
 
 def _json_lines(file):
