@@ -73,9 +73,9 @@ class Writer:
         """Finish: sync everything to the disk, write meta.json, move the folder to its place."""
         if not self.totals["train"]["documents"]:
             raise ValueError(f"{self.folder}: no document is left for train; give more data or a smaller --val-share")
-        for (split, name), file in self.files.items():
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.temporary / split / f"{name}.bin")):
-                raise ValueError(f"{self.folder}: another run is writing the same folder")
+        if self._taken_over():
+            raise ValueError(f"{self.folder}: another run is making the same folder")
+        for file in self.files.values():
             file.close()
         meta = {
             "format": FORMAT,
@@ -96,11 +96,14 @@ class Writer:
         os.rename(self.temporary, self.folder)
         _sync(self.folder.parent)
         shutil.rmtree(self.old, ignore_errors=True)
+        self.files = {}
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
+        if not self.files or self._taken_over():
+            return
         for file in self.files.values():
             try:
                 file.close()
@@ -109,6 +112,11 @@ class Writer:
         shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError) and not error.filename:  # "No space left on device" does not say where
             error.filename = str(self.folder)
+
+    def _taken_over(self):
+        """Did another run with the same --out remove our files and begin anew?"""
+        path, file = self.temporary / "train" / "tokens.bin", self.files["train", "tokens"]
+        return not file.closed and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()))
 
     def _write(self, split, name, array):
         self.files[split, name].write(np.ascontiguousarray(array).data)
