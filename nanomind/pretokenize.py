@@ -11,12 +11,14 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 
 from nanomind.tokenizer_json import character_classes
 
 END, OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(7)  # classes of characters; END stands after every text
 CHUNK = 1_500_000  # characters cut at a time: large enough for numpy, small enough for the cache
 LONG = 512  # bytes; longer words are hashed one by one
+RARE = 16  # WordTable.thin() keeps all words seen at least so often
 APOSTROPHE = 39
 
 
@@ -75,6 +77,26 @@ class Cutter:
             self.classes[unseen] = character_classes(map(chr, unseen.tolist()))
             classes = self.classes[codes]
         return classes
+
+
+def batches(texts, size=CHUNK):
+    """Texts -> lists of texts of about `size` characters. Where a letter is followed by something else both patterns end a word, so a
+    longer text may be cut there without changing its words."""
+    batch, n = [], 0
+    for text in texts:
+        while len(text) > 2 * size:
+            end = regex.compile(r"\p{L}(?!\p{L})").search(text, size)
+            if end is None or end.end() == len(text):
+                break
+            yield [*batch, text[:end.end()]]
+            batch, n, text = [], 0, text[end.end():]
+        batch.append(text)
+        n += len(text) + 1
+        if n > size:
+            yield batch
+            batch, n = [], 0
+    if batch:
+        yield batch
 
 
 def _run_starts(classes):
@@ -181,12 +203,14 @@ def hash_words(data, bounds):
 class WordTable:
     """All different words so far: an open hash table whose whole-array look-up adds what is new.
 
-    counts[i], lengths[i] and the bytes (in order of i, in `pieces`) belong to word i."""
+    counts[i], scales[i], lengths[i] and the bytes (in order of i, in `pieces`) belong to word i. The word occurred counts[i] times
+    and stands for scales[i] words like it (1 unless thin() had to make room)."""
 
     def __init__(self):
+        self.level = 0
         self.slots = np.full(1 << 16, -1, np.int32)  # word index per slot, -1 free
         self.hashes = np.empty(1 << 14, np.uint64)
-        self.counts = np.zeros(1 << 14, np.int64)
+        self.counts, self.scales = np.zeros(1 << 14, np.int64), np.zeros(1 << 14, np.int32)
         self.size = self.n_bytes = 0
         self.pieces, self.lengths = [], []
 
@@ -203,6 +227,35 @@ class WordTable:
         self.n_bytes += len(piece)
         np.add.at(self.counts, index, 1)
         return index
+
+    def words(self):
+        """(pieces, lengths, counts) for merges.lay_out(); the table is empty afterwards."""
+        if self.level:
+            self.thin(self.level)
+        lengths, counts = np.concatenate([np.zeros(0, np.int32), *self.lengths]), self.counts[:self.size] * self.scales[:self.size]
+        pieces = self.pieces
+        self.__init__()
+        return pieces, lengths, counts
+
+    def thin(self, level):
+        """Make room: of the words seen less than RARE times keep those whose hash ends in `level` zero bits, and let each of them
+        stand for 2 ** level: a fair sample of the rare words, and all the frequent ones."""
+        self.level = level
+        hashes, counts, scales = self.hashes[:self.size], self.counts[:self.size], self.scales[:self.size]
+        rare = counts < RARE
+        chosen = rare & (hashes & np.uint64((1 << level) - 1) == 0)
+        scales[chosen] = 1 << level
+        kept = ~rare | chosen
+        lengths = np.concatenate(self.lengths)
+        pieces, done = [], 0
+        for piece, part in zip(self.pieces, self.lengths):
+            pieces.append(piece[np.repeat(kept[done:done + len(part)], part)])
+            done += len(part)
+        self.pieces, self.lengths = [np.concatenate(pieces)], [lengths[kept]]
+        self.size, self.n_bytes = int(kept.sum()), len(self.pieces[0])
+        self.hashes, self.counts, self.scales = hashes[kept], counts[kept], scales[kept]
+        self.slots = self.slots[:0]
+        self._reserve(self.size)
 
     def _find(self, hashes):
         """Index of each hash, and which of them (ascending) were new. A free slot is claimed by writing: of several writers one
@@ -230,6 +283,7 @@ class WordTable:
         index[fresh] = final[index[fresh] - base]
         self.slots[claimed[new]] = final[new]
         self.hashes[base:base + len(new)] = hashes[new]
+        self.scales[base:base + len(new)] = 1
         self.size += len(new)
         return index, new
 
@@ -239,7 +293,7 @@ class WordTable:
     def _reserve(self, n):
         """Room for n words, and slots at most half full."""
         if n > len(self.hashes):
-            for name in ("hashes", "counts"):
+            for name in ("hashes", "counts", "scales"):
                 old = getattr(self, name)
                 grown = np.zeros(max(n, 3 * len(old) // 2), old.dtype)
                 grown[:self.size] = old[:self.size]
