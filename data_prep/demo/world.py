@@ -1,0 +1,98 @@
+"""Reads the tables of the demo world: relations with their facts and sentence templates, and passages of prose.
+In: the text files of world/ (tables, format below) and prose/ (a passage a line). Out: a list of Relation, and a list of passages per language.
+A table is written for people first: `#` starts a comment, `[name]` a relation, `key: value` describes it, and every other
+line is a fact.
+
+    [capital]
+    title: 各国的首都 | Capitals of the world      heads a list of such facts
+    kind: 国家 | a country                         what every subject is; "X is a country" becomes a fact by itself
+    pronoun: 它                                    may stand for the subject in running Chinese text
+    zh: {s}的首都是{o}。                           a template: {s} subject, {o} object, {a|b} one of several wordings
+    en: The capital of {s} is {o}.
+    法国 | 巴黎 | France | Paris                   a fact; two columns: Chinese only; `-` where a language lacks it
+    美国/美利坚合众国 | ...                        `/` separates names of the same thing, the usual one first
+
+Next: pretrain.py
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+LANGUAGES = ("zh", "en")
+FOLDER = Path(__file__).parent
+
+
+class Fact(NamedTuple):
+    """One true statement, without its wording. Both dicts map a language to names of the same thing, usual name first."""
+    relation: str
+    subject: dict
+    object: dict
+
+
+class Relation(NamedTuple):
+    """What a group of facts has in common. title, kind, pronoun: language -> text; templates: language -> list of them."""
+    name: str
+    title: dict
+    kind: dict
+    pronoun: dict
+    templates: dict
+    facts: list
+
+
+def _columns(where, line):
+    """'a/b | c | d | e' -> ({'zh': ['a', 'b'], 'en': ['d']}, {'zh': ['c'], 'en': ['e']})"""
+    cells = [cell.strip() for cell in line.split(" | ")]
+    if len(cells) not in (2, 4) or not all(cells):
+        raise ValueError(f"{where}: a fact has 2 or 4 columns separated by ' | ', found {len(cells)}: {line}")
+    pairs = {lang: cells[2 * i:2 * i + 2] for i, lang in enumerate(LANGUAGES) if len(cells) > 2 * i and cells[2 * i] != "-"}
+    return tuple({lang: pair[column].split("/") for lang, pair in pairs.items()} for column in (0, 1))
+
+
+def _read_table(path):
+    """Yield the relations of one table file. ValueError names file:line of what does not fit the format."""
+    relation = None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where, line = f"{path.name}:{number}", line.strip()
+        key, _, value = line.partition(": ")
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("[") and line.endswith("]"):
+            if relation:
+                yield relation
+            relation = Relation(line[1:-1], {}, {}, {}, {lang: [] for lang in LANGUAGES}, [])
+        elif relation is None:
+            raise ValueError(f"{where}: a table begins with [relation], found: {line}")
+        elif key in ("title", "kind", "pronoun"):
+            getattr(relation, key).update((lang, text) for lang, text in zip(LANGUAGES, value.split(" | ")) if text != "-")
+        elif key in LANGUAGES:
+            if "{s}" not in value or "{o}" not in value:
+                raise ValueError(f"{where}: a template needs {{s}} and {{o}}: {line}")
+            relation.templates[key].append(value)
+        else:
+            relation.facts.append(Fact(relation.name, *_columns(where, line)))
+    if relation:
+        yield relation
+
+
+def relations():
+    """All relations, in the order of their file names. The last one, `is`, is derived: it says of what kind each subject is."""
+    found = [relation for path in sorted((FOLDER / "world").glob("*.txt")) for relation in _read_table(path)]
+    by_name = {relation.name: relation for relation in found}
+    if len(by_name) < len(found):
+        raise ValueError(f"a relation is defined twice in {FOLDER}")
+    kinds = by_name.pop("is")
+    seen = set()
+    for relation in by_name.values():
+        for fact in relation.facts if relation.kind else []:
+            subject = {lang: names for lang, names in fact.subject.items() if lang in relation.kind and (lang, names[0]) not in seen}
+            seen.update((lang, names[0]) for lang, names in subject.items())
+            if subject:
+                kinds.facts.append(Fact("is", subject, {lang: [relation.kind[lang]] for lang in subject}))
+    return [*by_name.values(), kinds]
+
+
+def passages():
+    """language -> list of passages: the lines of prose/<language>_*.txt. {a|b} is a choice, {1} repeats the first one."""
+    return {lang: [line.strip() for path in sorted((FOLDER / "prose").glob(f"{lang}_*.txt"))
+                   for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+            for lang in LANGUAGES}
