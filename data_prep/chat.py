@@ -21,7 +21,7 @@ def items(reader):
     for where, record, name in recognised(reader, FORMATS):
         try:
             messages = checked(to_messages(record, name))
-        except ValueError as problem:
+        except (ValueError, TypeError) as problem:  # TypeError: a number where a text is expected
             reader.reject(where, *problem.args)
         else:
             yield first_question(messages), messages, sum(len(message["content"]) for message in messages)

@@ -22,7 +22,7 @@ def items(reader):
                 raise ValueError("chosen and rejected have different prompts")
             if chosen[-1] == rejected[-1]:
                 raise ValueError("chosen and rejected are the same answer")
-        except ValueError as problem:
+        except (ValueError, TypeError) as problem:  # TypeError: a number where a text is expected
             reader.reject(where, *problem.args)
         else:
             yield first_question(chosen), (chosen, rejected), sum(len(message["content"]) for message in chosen + rejected)
