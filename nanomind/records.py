@@ -16,35 +16,34 @@ from collections import Counter
 from pathlib import Path
 
 ENDINGS = (".txt", ".jsonl", ".json")
+EXPECTED = f"expected names ending in {' '.join(ENDINGS)} (also + .gz .xz)"
 DOCUMENT = 4_000  # a .txt document ends at the first blank line after so many characters (any line after 4 x) ...
 SEPARATOR = "<|endoftext|>"  # ... or where this stands
 LONGEST = 64_000_000  # bytes of one line or record: what is longer is no text, and must not fill the memory
 CHUNK = 1_000_000  # characters of a JSON list looked at in one go
 NOT_UTF8 = ("not UTF-8", "; if the file is GBK: iconv -f GB18030 -t UTF-8 FILE > NEW")
-SHOWN = 5  # bad records printed one by one; all are counted
+SHOWN = 5  # bad records printed one by one, and reasons given; all are counted
+FIELDS = ("conversations", "messages", "prompt", "chosen", "rejected", "instruction", "input", "output")  # with text, besides "text"
 
 
 def find_files(paths):
     """The data files among `paths` in a fixed order: files as given, folders searched through, hidden names left out."""
     files = []
     for path in map(Path, paths):
+        found = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in ENDINGS)
-            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not inside:
-                raise ValueError(f"{path}: no data file in this folder; expected names ending in {' '.join(ENDINGS)} (also + .gz .xz)")
-            files += inside
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in ENDINGS)
+            found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         elif not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder; give existing {' '.join(ENDINGS)} files (also + .gz .xz)")
+            raise FileNotFoundError(f"{path}: no such file or folder; {EXPECTED}")
         elif _ending(path) not in ENDINGS:
-            raise ValueError(f"{path}: cannot read this kind of file; expected a name ending in {' '.join(ENDINGS)} (also + .gz .xz)")
-        else:
-            files.append(path)
+            raise ValueError(f"{path}: cannot read this kind of file; {EXPECTED}")
+        if not found:
+            raise ValueError(f"{path}: no data file in this folder; {EXPECTED}")
+        files += found
     for path in files:
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
-    if not files:
-        raise ValueError(f"no input files; give {' '.join(ENDINGS)} files (also + .gz .xz) or folders with such files")
     return files
 
 
@@ -63,11 +62,10 @@ class Reader:
     def __init__(self, paths, max_bad=0.01, progress=None):
         self.files = find_files(paths)
         self.total_bytes = sum(path.stat().st_size for path in self.files)
-        self.max_bad = max_bad
-        self.progress = progress
+        self.max_bad, self.progress = max_bad, progress
         self.seen = 0  # records, good and bad
         self.reasons = Counter()  # reason -> how many were skipped for it
-        self.first = None  # the first bad record, for the final error
+        self.first = {}  # file -> its first bad record
 
     @property
     def bad(self):
@@ -76,40 +74,36 @@ class Reader:
     def reject(self, where, reason, detail=""):
         """Count a record as unusable; `reason` is what is counted, `detail` says more about this one."""
         message = f"{where}: {reason}{detail}"
-        self.first = self.first or message
+        self.first.setdefault(where.rpartition(":")[0], message)
         if self.bad < SHOWN:
             print(f"skipped {message}", file=sys.stderr)
         self.reasons[reason] += 1
 
     def explain(self):
         """'3 of 100 records skipped: 2 not UTF-8, 1 broken JSON'"""
-        return f"{self.bad:,} of {self.seen:,} records skipped: " + ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common(SHOWN))
+        return f"{self.bad:,} of {self.seen:,} records skipped: {reasons}" + ", ..." * (len(self.reasons) > SHOWN)
 
     def __iter__(self):
         for path in self.files:
-            seen, bad, first = self.seen, self.bad, self.first
-            self.first = None
+            seen, bad = self.seen, self.bad
             yield from self._file(path)
             if self.seen == seen:
                 raise ValueError(f"{path}: there is nothing in this file")
             if self.seen - seen == self.bad - bad:
-                raise ValueError(f"{self.first} (and no other record of this file can be used)")
-            self.first = first or self.first
+                raise ValueError(f"{self.first[str(path)]} (and no other record of this file can be used)")
         if self.bad > self.max_bad * self.seen:
-            raise ValueError(f"{self.explain()}; that is more than --max-bad {self.max_bad:g} allows (first {self.first})")
+            raise ValueError(f"{self.explain()}; that is more than --max-bad {self.max_bad:g} allows (first {next(iter(self.first.values()))})")
 
     def texts(self):
-        """The text of every record that has one: (where, text)."""
+        """(where, text) for every record with a text."""
         for where, record in self:
             try:
                 text = text_of(record)
             except ValueError as problem:
                 self.reject(where, str(problem))
-                continue
-            if text.strip():
-                yield where, text
             else:
-                self.reject(where, "the text is empty")
+                yield where, text
 
     def _file(self, path):
         line = told = 0
@@ -118,15 +112,15 @@ class Reader:
             with raw, {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda file: file)(raw) as file:
                 is_list = _ending(path) == ".json" and file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"["
                 parse = _text_documents if _ending(path) == ".txt" else _json_list if is_list else _json_lines
-                for line, record, problem in parse(file):
+                for line, record in parse(file):
                     self.seen += 1
                     if self.progress:
                         self.progress(raw.tell() - told)
                         told = raw.tell()
-                    if problem:
-                        self.reject(f"{path}:{line}", *problem)
-                    else:
+                    if isinstance(record, dict):
                         yield f"{path}:{line}", record
+                    else:
+                        self.reject(f"{path}:{line}", *record)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as problem:
             raise ValueError(f"{path}: damaged {path.suffix} file, cut off or changed after line {line} ({problem}); fetch it again") from None
         except UnicodeDecodeError:
@@ -139,29 +133,28 @@ class _Broken(ValueError):
     """A place in a file behind which nothing can be understood any more."""
 
 
-def _utf8_lines(file):
-    """(line number, text, None) or (line number, None, problem) for each line of a binary file."""
+# The parsers below take a binary file and yield (line number, record), or (line number, (reason, detail)) for a bad one.
+
+
+def _lines(file):
+    """(number, text), or (number, (reason, detail)) for a bad line."""
     number = 0
     while line := file.readline(LONGEST):
         number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) == LONGEST and not line.endswith(b"\n"):
-            while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None, (f"a line longer than {LONGEST:,} bytes",)
-            continue
+        whole = len(line) < LONGEST or line.endswith(b"\n")
+        while not (whole or not line or line.endswith(b"\n")):  # leave out the rest of it
+            line = file.readline(LONGEST)
         try:
-            yield number, line.decode("utf-8"), None
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8") if whole else (f"a line longer than {LONGEST:,} bytes",)
         except UnicodeDecodeError:
-            yield number, None, NOT_UTF8
+            yield number, NOT_UTF8
 
 
 def _text_documents(file):
     parts, size, first = [], 0, 1  # of the document under way; `first` is its first line that is not blank
-    for number, line, problem in _utf8_lines(file):
-        if problem or "\0" in line:
-            yield number, None, problem or ("a NUL byte, so this is no text file",)
+    for number, line in _lines(file):
+        if not isinstance(line, str) or "\0" in line:
+            yield number, ("a NUL byte, so this is no text file",) if isinstance(line, str) else line
             continue
         pieces = line.replace("\r\n", "\n").split(SEPARATOR)
         for i, part in enumerate(pieces):
@@ -170,27 +163,25 @@ def _text_documents(file):
             size += len(part) if size else len(part.strip())
             if i + 1 < len(pieces) or size > DOCUMENT and (size > 4 * DOCUMENT or not line.strip()):
                 if size:
-                    yield first, {"text": "".join(parts).strip("\n")}, None
+                    yield first, {"text": "".join(parts).strip("\n")}
                 parts, size = [], 0
     if size:
-        yield first, {"text": "".join(parts).strip("\n")}, None
+        yield first, {"text": "".join(parts).strip("\n")}
 
 
 def _json_lines(file):
-    for number, line, problem in _utf8_lines(file):
-        if problem:
-            yield number, None, problem
+    for number, line in _lines(file):
+        if not isinstance(line, str):
+            yield number, line
         elif line.strip():
             try:
-                record = json.loads(line)
+                yield number, _object(json.loads(line), line)
             except (ValueError, RecursionError) as error:
-                yield number, None, ("broken JSON", f" ({error})")
-            else:
-                yield number, *_checked(record, line)
+                yield number, ("broken JSON", f" ({error})")
 
 
 def _json_list(file):
-    """The objects of one JSON list, decoded one by one so that the list need not fit into memory."""
+    """One JSON list, whose objects are decoded one by one so that the list need not fit into memory."""
     source, decode = io.TextIOWrapper(file, "utf-8-sig"), json.JSONDecoder().raw_decode
     text = source.read(CHUNK)
     at, line = text.index("[") + 1, 1 + text[: text.index("[")].count("\n")
@@ -205,7 +196,7 @@ def _json_list(file):
         except (ValueError, RecursionError) as error:  # broken, or not all of it is in `text` yet
             problem = error
         if problem is None:
-            yield line, *_checked(record, text[at:end])
+            yield line, _object(record, text[at:end])
             line, at = line + text.count("\n", at, end), end
             continue
         more = source.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST else ""
@@ -214,46 +205,30 @@ def _json_list(file):
         text, at = text[at:] + more, 0
 
 
-def _checked(record, source):
-    """(record, problem) for what json made of `source`."""
+def _object(record, source):
+    """The record that json made of `source`, or what is bad about it."""
     if not isinstance(record, dict):
-        return None, (f"a JSON {type(record).__name__}, where an object {{...}} is expected",)
-    if "\\ud" in source or "\\uD" in source:  # "\\ud83d" without its other half is no character and could not be encoded
+        return (f"a JSON {type(record).__name__}, where an object {{...}} is expected",)
+    if "\\ud" in source or "\\uD" in source:  # \ud83d without its other half is no character and could not be encoded
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            return None, ("half of a surrogate pair",)
-    return record, None
-
-
-TEXT_FIELDS = (  # the first row whose fields are all there
-    ("text",),
-    ("conversations",),
-    ("messages",),
-    ("prompt", "chosen", "rejected"),
-    ("chosen", "rejected"),
-    ("instruction", "input", "output"),
-    ("instruction", "output"),
-)
+            return ("half of a surrogate pair",)
+    return record
 
 
 def text_of(record):
-    """All text of a record in one string, whatever kind of data it is; ValueError when it has no known fields."""
-    for names in TEXT_FIELDS:
-        if all(name in record for name in names):
-            return "\n".join(filter(None, (_contents(record[name], name) for name in names)))
-    raise ValueError(f"fields found: {', '.join(record) or 'none'}; expected text, conversations, messages, chosen + rejected or instruction + output")
-
-
-def _contents(value, name):
-    if isinstance(value, list):  # messages; ShareGPT says "value" for "content"
-        value = [m.get("content", m.get("value")) if isinstance(m, dict) else None for m in value]
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str):
-            raise ValueError(f"field {name}: expected a string or a list of messages with a string as content")
-    return "\n".join(value) if isinstance(value, list) else value
-
-
-def documents(paths, max_bad=0.01, progress=None):
-    """The texts of all records of `paths` in order; `progress(n)` hears of every n bytes read."""
-    return (text for _, text in Reader(paths, max_bad, progress).texts())
+    """All text of a record in one string, whatever kind of data it is; ValueError when it has none."""
+    fields = ["text"] if "text" in record else [field for field in FIELDS if field in record]
+    if not fields:
+        raise ValueError(f"fields found: {', '.join(record) or 'none'}; expected text, conversations, messages, chosen + rejected or instruction + output")
+    texts = []
+    for field in fields:
+        value = record[field]
+        for message in value if isinstance(value, list) else [{"content": value}]:
+            texts.append(message.get("content", message.get("value")) if isinstance(message, dict) else None)  # ShareGPT: value
+            if not isinstance(texts[-1], str):
+                raise ValueError(f"field {field}: expected a text or a list of messages with a text as content")
+    if not any(map(str.strip, texts)):
+        raise ValueError("the text is empty")
+    return "\n".join(filter(None, texts))

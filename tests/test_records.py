@@ -12,13 +12,17 @@ import sys
 import pytest
 
 from nanomind import records
-from nanomind.records import Reader, documents, find_files, text_of
+from nanomind.records import Reader, find_files, text_of
 
 
 def file(folder, name, content):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return path
+
+
+def documents(paths, max_bad=0.01):
+    return [text for _, text in Reader(paths, max_bad).texts()]
 
 
 def lines(*objects):
@@ -55,7 +59,7 @@ def test_bad_lines_are_named_counted_and_skipped(tmp_path, capsys):
     assert shown.count("\n") == records.SHOWN
     assert reader.reasons["not UTF-8"] == 1
     with pytest.raises(ValueError, match=r"8 of 10 records skipped.*--max-bad 0.01.*x.jsonl:2"):
-        list(documents([path]))
+        documents([path])
 
 
 def test_a_file_without_any_good_record_is_an_error_whatever_the_share(tmp_path):
@@ -71,7 +75,7 @@ def test_a_file_without_any_good_record_is_an_error_whatever_the_share(tmp_path)
     ):
         path = file(tmp_path, name, content)
         with pytest.raises(ValueError, match=message):
-            list(documents([tmp_path], max_bad=1))
+            documents([tmp_path], max_bad=1)
         path.unlink()
 
 
@@ -81,7 +85,7 @@ def test_a_cut_off_archive_is_an_error(tmp_path, name, pack):
     whole = pack(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(50_000)))
     for content in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"\0" * 99 + whole[len(whole) // 2 :], b'{"text": "plain"}\n'):
         with pytest.raises(ValueError, match=f"{name}: damaged"):
-            list(documents([file(tmp_path, name, content)], max_bad=1))
+            documents([file(tmp_path, name, content)], max_bad=1)
 
 
 def test_paths(tmp_path):
@@ -105,15 +109,15 @@ def test_paths(tmp_path):
 def test_txt_becomes_documents_and_keeps_its_text(tmp_path):
     """A book in one .txt became one document of megabytes: one worker had it all, and a row of training never saw a beginning."""
     book = "\r\n\r\n".join(f"paragraph {i} " + "words " * 50 for i in range(200))
-    parts = list(documents([file(tmp_path, "book.txt", book)]))
+    parts = documents([file(tmp_path, "book.txt", book)])
     assert len(parts) > 10 and max(map(len, parts)) < 1.2 * records.DOCUMENT
     assert "\n\n".join(parts) == book.replace("\r\n", "\n").strip("\n")
     stories = ["first\n\nstory", "second", "third  <|im_end|>"]
     path = file(tmp_path, "stories.txt", "<|endoftext|>\n" + "\n<|endoftext|>\n".join(stories))
-    assert list(documents([path])) == stories
+    assert documents([path]) == stories
     assert [where for where, _ in Reader([path])] == [f"{path}:{line}" for line in (2, 6, 8)]
-    assert list(documents([file(tmp_path, "tight.txt", "a<|endoftext|>b\n<|endoftext|><|endoftext|>c<|endoftext|>")])) == ["a", "b", "c"]
-    endless = list(documents([file(tmp_path, "lines.txt", "no blank line at all\n" * 10_000)]))
+    assert documents([file(tmp_path, "tight.txt", "a<|endoftext|>b\n<|endoftext|><|endoftext|>c<|endoftext|>")]) == ["a", "b", "c"]
+    endless = documents([file(tmp_path, "lines.txt", "no blank line at all\n" * 10_000)])
     assert max(map(len, endless)) < 4.2 * records.DOCUMENT
 
 
@@ -151,9 +155,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     objects = [{"text": "word " * 200}] * 40_000  # 40 MB
     program = (
         "import resource, sys\n"
-        "from nanomind.records import documents\n"
+        "from nanomind.records import Reader\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(sum(map(len, documents(sys.argv[1:]))), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(sum(len(text) for _, text in Reader(sys.argv[1:]).texts()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     paths = [file(tmp_path, "a.jsonl", lines(*objects)), file(tmp_path, "b.json", json.dumps(objects))]
     out = subprocess.run([sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, check=True).stdout
