@@ -1,0 +1,175 @@
+"""Rows for the model: packs a data folder's documents into rows of T tokens and hands out batches.
+In: one split of a data folder. Out: `batch(step, i)`, a pure function of (seed, step, i): no generator state, no workers, exact resume.
+Next: model.py
+
+How documents lie in rows (T = 6; E is <|endoftext|>, which opens every document; - is no target):
+
+    stream   E a b c E d e f g E h ...          pretraining: the stream is cut every T tokens, each token is the label of exactly one place
+    row 0    tokens  E a b c E d      labels  a b c E d e      documents  0 0 0 0 1 1
+    row 1    tokens  e f g E h ...    labels  f g E h ...      documents  1 1 1 2 2 ...
+
+The label after `c` is E: the end of a document is learnt, and it tells nothing about the next one, whose first word is predicted from its own E.
+Chats are packed whole instead: a row holds entire documents, no label crosses a border, only tokens marked in mask.bin are targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORE = -100  # the label of a token that is not a target
+LANGUAGES = ("zh", "en")  # of a document: mainly Chinese characters, or not
+
+
+@dataclass
+class Batch:
+    """tokens, labels, doc_ids: (B, T) int64, labels shifted once, here. For validation also the UTF-8 bytes of each label and the index of
+    its document's language, (B, T)."""
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    doc_ids: torch.Tensor
+    label_bytes: torch.Tensor = None
+    language: torch.Tensor = None
+    languages: tuple = LANGUAGES
+
+    @property
+    def n_targets(self):
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device):
+        moved = [None if x is None else x.to(device, non_blocking=True)
+                 for x in (self.tokens, self.labels, self.doc_ids, self.label_bytes, self.language)]
+        return Batch(*moved)
+
+
+def pack_whole(sizes, room):
+    """Best-fit decreasing: lists of documents whose sizes sum to at most `room`. sizes: (n,) each <= room. -> list of lists of indices.
+
+    Bins are kept by the room they have left, so finding the tightest one that fits is a look at a sorted list of at most `room` values.
+    """
+    from bisect import bisect_left, insort
+    bins, open_bins, lefts = [], {}, []  # room left -> bins with it; the rooms that occur, ascending
+    for document in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+        size = int(sizes[document])
+        at = bisect_left(lefts, size)
+        if at == len(lefts):
+            bins.append([])
+            number, left = len(bins) - 1, room
+        else:
+            left = lefts[at]
+            number = open_bins[left].pop()
+            if not open_bins[left]:
+                del open_bins[left], lefts[at]
+        bins[number].append(document)
+        left -= size
+        if left > 0:
+            if left not in open_bins:
+                open_bins[left] = []
+                insort(lefts, left)
+            open_bins[left].append(number)
+    return bins
+
+
+class PackedTokens:
+    """One split of a data folder as rows of `seq_len` tokens; `whole` keeps documents entire (chats), else the stream is cut (pretraining)."""
+
+    def __init__(self, split, tokenizer, seq_len, batch_size, seed=0, whole=False, name="data"):
+        self.split, self.T, self.B, self.seed, self.whole = split, seq_len, batch_size, seed, whole
+        self.starts = np.asarray(split.starts)
+        self.ends = np.append(self.starts[1:], len(split.tokens))  # document i is tokens[starts[i]:ends[i]]
+        self.pad = tokenizer.end_of_text if tokenizer.end_of_text is not None else 0
+        self.token_bytes = np.array([len(piece) for piece in tokenizer.token_bytes], dtype=np.int16)  # (V), 0 for special tokens
+        self.chinese = np.array([sum(3 for byte in piece if 0xE3 <= byte <= 0xE9) for piece in tokenizer.token_bytes], dtype=np.int16)
+        self.left_out = {}
+        if whole:
+            self._pack(name)
+        else:
+            self.rows = -(-(len(split.tokens) - 1) // seq_len)  # every token but the first is a label once
+            self.places = self.rows * seq_len
+            self.used = len(split.tokens) - 1
+        if self.rows < 1:
+            raise ValueError(f"{name}: nothing to train on: {len(split.tokens)} tokens, left out {self.left_out or 'nothing'}")
+
+    def _pack(self, name):
+        """Choose the documents that can be used and put them into rows; what is left out is counted by reason."""
+        sizes = self.ends - self.starts
+        if self.split.mask is None:
+            targets = sizes - 1
+        else:
+            targets = np.add.reduceat(np.asarray(self.split.mask, dtype=np.int64), self.starts) if len(self.starts) else sizes
+        long, empty = sizes > self.T, targets < 1
+        usable = np.flatnonzero(~long & ~empty)
+        self.left_out = {reason: int(count) for reason, count in ((f"longer than {self.T} tokens", long.sum()),
+                                                                  ("without a target", (empty & ~long).sum())) if count}
+        self.bins = [usable[packed] for packed in pack_whole(sizes[usable], self.T)]
+        self.rows, self.places, self.used = len(self.bins), len(self.bins) * self.T, int(sizes[usable].sum())
+
+    def row(self, index):
+        """Row `index` -> tokens, labels, doc_ids, documents' numbers; each (T,) int64. Padding: document -1, no label."""
+        T = self.T
+        tokens = np.full(T, self.pad, dtype=np.int64)
+        labels = np.full(T, IGNORE, dtype=np.int64)
+        documents = np.full(T, -1, dtype=np.int64)
+        if self.whole:
+            at = 0
+            for document in self.bins[index]:
+                first, last = self.starts[document], self.ends[document]
+                n = last - first
+                tokens[at:at + n] = self.split.tokens[first:last]
+                labels[at:at + n - 1] = self._labels(first + 1, last)
+                documents[at:at + n] = document
+                at += n
+        else:
+            first = index * T
+            last = min(first + T, len(self.split.tokens) - 1)  # the very last token has no label
+            n = last - first
+            tokens[:n] = self.split.tokens[first:last]
+            labels[:n] = self._labels(first + 1, last + 1)
+            documents[:n] = np.searchsorted(self.starts, np.arange(first, last), side="right") - 1
+        return tokens, labels, documents
+
+    def _labels(self, first, last):
+        labels = np.asarray(self.split.tokens[first:last], dtype=np.int64)
+        return labels if self.split.mask is None else np.where(np.asarray(self.split.mask[first:last]), labels, IGNORE)
+
+    def order(self, epoch):
+        """The permutation of the rows in one epoch: each row exactly once."""
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return self._order
+
+    def batch(self, step, i=0, accumulate=1):
+        """Micro-batch i of `accumulate` of optimiser step `step` (from 0). The stream of rows goes on over the ends of epochs."""
+        first = (step * accumulate + i) * self.B
+        rows = [self.row(self.order(place // self.rows)[place % self.rows]) for place in range(first, first + self.B)]
+        return self._collate(rows)
+
+    def _collate(self, rows, languages=False):
+        tokens, labels, documents = (np.stack(column) for column in zip(*rows))
+        batch = Batch(*(torch.from_numpy(x) for x in (tokens, labels, documents)))
+        if languages:
+            batch.label_bytes = torch.from_numpy(np.where(labels == IGNORE, 0, self.token_bytes[labels.clip(0)]))
+            batch.language = torch.from_numpy(np.where(documents < 0, 0, self._languages(documents)))
+        return batch
+
+    def _languages(self, documents):
+        """Index into LANGUAGES for each document number. A document is Chinese when over 30 % of its bytes belong to Chinese characters."""
+        kinds = np.zeros(documents.shape, dtype=np.int64)
+        for document in np.unique(documents[documents >= 0]):
+            text = np.asarray(self.split.tokens[self.starts[document]:self.ends[document]][:20000])
+            kinds[documents == document] = int(self.chinese[text].sum() <= 0.3 * self.token_bytes[text].sum())
+        return kinds
+
+    def validation(self, tokens):
+        """Batches of about `tokens` tokens: always the same rows, spread over the whole split, ready to be counted by language."""
+        count = min(self.rows, max(1, round(tokens / self.T)))
+        chosen = np.linspace(0, self.rows - 1, count).astype(int)
+        for at in range(0, count, self.B):
+            yield self._collate([self.row(index) for index in chosen[at:at + self.B]], languages=True)
+
+    def summary(self):
+        """One line: rows, tokens, share of padding and of targets, what was left out."""
+        text = f"{self.rows:,} rows of {self.T}, {self.used:,} tokens, {100 * (1 - self.used / self.places):.2f} % padding"
+        if self.split.mask is not None:
+            text += f", {100 * float(np.mean(self.split.mask)):.0f} % supervised"
+        return text + "".join(f", left out {count} {reason}" for reason, count in self.left_out.items())

@@ -1,0 +1,77 @@
+"""The machine: device, threads, precision, memory, each chosen automatically with a reason that is printed.
+In: flags of a run. Out: a Device that the loop computes on.
+Next: generate.py
+"""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+@dataclass(frozen=True)
+class Device:
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    reasons: str
+
+    def autocast(self):
+        """A context in which matrix products are done in `dtype`; weights, norms and losses stay fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+
+def choose_device(name="auto", precision="auto", threads=0):
+    """-> Device. bf16 is used where it is measured (CPU) or known (CUDA) to be fast: a CPU may list AVX512-BF16 and still be slower with it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = f"{name} (the best there is)"
+    else:
+        why = f"{name} (as asked)"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"--device {name}: {str(problem).splitlines()[0]}; try --device cpu") from None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or cores)
+    why += f", {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    if precision != "auto":
+        return Device(device, torch.bfloat16 if precision == "bf16" else torch.float32, f"{why}, {precision} (as asked)")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device(device, torch.bfloat16 if fast else torch.float32, f"{why}, {'bf16' if fast else 'fp32 (no bf16 in this GPU)'}")
+    if device.type != "cpu":
+        return Device(device, torch.float32, f"{why}, fp32 (the safe choice on {device.type})")
+    gain = bf16_gain()
+    dtype = torch.bfloat16 if gain > 1.3 else torch.float32
+    return Device(device, dtype, f"{why}, {'bf16' if dtype == torch.bfloat16 else 'fp32'} (bf16 products measured {gain:.1f} times as fast)")
+
+
+def bf16_gain(size=1024, repeats=5):
+    """How many times faster this CPU multiplies bf16 matrices than fp32 ones; the best of a few tries of each, about 0.1 s in all."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(size, size, dtype=dtype)
+        x @ x  # the first product also makes buffers
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - began)
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def peak_memory(device):
+    """Largest memory this process has used, in MB: of the GPU when there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

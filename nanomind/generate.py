@@ -1,0 +1,132 @@
+"""Writing text: read the prompt once (prefill), then one token at a time from the cache (decode).
+In: a model, prompts as ids, how to choose. Out: the new ids, step by step, for one prompt or many at once.
+Next: stages.py
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanomind.device import choose_device
+from nanomind.model import KVCache
+
+PREFILL = 512  # tokens of a prompt read in one go: bounds the memory of long prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 switch a rule off."""
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.1
+    seed: int = 0
+
+    def __post_init__(self):
+        problems = [f"{name} {getattr(self, name)}: expected {what}" for name, what, fine in (
+            ("temperature", "0 or more", self.temperature >= 0), ("top_k", "0 (off) or more", self.top_k >= 0),
+            ("top_p", "between 0 and 1", 0 <= self.top_p <= 1), ("min_p", "between 0 and 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "more than 0", self.repetition_penalty > 0)) if not fine]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def filter_logits(logits, seen, sampling):
+    """Apply the penalty, the temperature and the cuts. logits: (B, V) fp32, seen: (B, V) bool -> (B, V), -inf where cut."""
+    if sampling.repetition_penalty != 1.0:
+        # CTRL's rule (arXiv:1909.05858): divide what is positive and multiply what is negative, else a seen token would become likelier
+        punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, punished, logits)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.size(-1):
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered, places = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= sampling.top_p  # the likeliest token is never cut ...
+        beyond[:, 0] = False  # ... not even at top_p 0
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, places, beyond), float("-inf"))
+    if sampling.min_p > 0:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), float("-inf"))
+    return logits
+
+
+def choose(logits, seen, sampling, generators):
+    """Next ids, (B,). Each row draws from a generator of its own, so a row's text does not depend on its neighbours."""
+    logits = filter_logits(logits, seen, sampling)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    # the Gumbel-max trick: argmax of log p + Gumbel noise is a draw from p
+    noise = torch.stack([torch.empty(logits.size(-1)).exponential_(generator=g) for g in generators]).log().neg()
+    return (logits + noise.to(logits.device)).argmax(dim=-1)
+
+
+def prepare(model, device="auto", precision="auto", threads=0):
+    """Put a model where and how it writes fastest. -> a line that says so. Reading the weights is what one token costs, so half as many
+    bytes pay on every machine whose products accept bf16, even where they do not multiply it faster; tiny models stay fp32."""
+    machine = choose_device(device, "fp32" if precision == "auto" else precision, threads)
+    small = model.config.parameters() < 30e6 and machine.device.type == "cpu"
+    dtype = torch.float32 if precision == "fp32" or (precision == "auto" and (small or machine.device.type == "mps")) else torch.bfloat16
+    model.to(machine.device, dtype).eval()
+    return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
+
+
+def prefill(model, tokens, doc_ids, cache):
+    """Read (B, T) prompt tokens into the cache, PREFILL at a time. -> logits after the last, (B, V)."""
+    for start in range(0, tokens.size(1), PREFILL):
+        part = slice(start, start + PREFILL)
+        hidden = model(tokens[:, part], None if doc_ids is None else doc_ids[:, part], cache)
+    return model.logits(hidden[:, -1])
+
+
+def decode(model, ids, cache):
+    """One step: the ids just chosen, (B,), -> logits of the next, (B, V)."""
+    return model.logits(model(ids[:, None], None, cache)[:, -1])
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling()):
+    """Continue `prompts`, lists of ids of any lengths, by at most `max_new_tokens` new ids each.
+
+    Yields after every step a list with each row's new id, or None for a row that has ended (by an id of `stop`, which is not yielded).
+    Shorter prompts are padded on the left with tokens of document -1, which the mask keeps apart from the text: batching changes nothing.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt without any token: give at least one")
+    longest, B, device = max(map(len, prompts)), len(prompts), model.lm_head.weight.device
+    room = model.config.max_position_embeddings - longest
+    if room < 1:
+        raise ValueError(f"the prompt has {longest} tokens, the model sees {model.config.max_position_embeddings}: shorten the prompt")
+    max_new_tokens = min(max_new_tokens, room)
+    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    doc_ids = None
+    if any(len(p) < longest for p in prompts):
+        doc_ids = torch.tensor([[-1] * (longest - len(p)) + [0] * len(p) for p in prompts], device=device)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.tensor(prompt, device=device)] = True
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    cache = KVCache(model.config, B, longest + max_new_tokens, model.lm_head.weight.dtype, device)
+    running = [True] * B
+    logits = prefill(model, tokens, doc_ids, cache)
+    for step in range(max_new_tokens):
+        ids = choose(logits, seen, sampling, generators)
+        seen.scatter_(1, ids[:, None], True)
+        new = ids.tolist()
+        running = [alive and token not in stop for alive, token in zip(running, new)]
+        if not any(running):
+            return
+        yield [token if alive else None for alive, token in zip(running, new)]
+        if step + 1 < max_new_tokens:
+            logits = decode(model, ids, cache)
+
+
+def complete(model, tokenizer, prompt, max_new_tokens, sampling=Sampling(), stop=()):
+    """The text of one continuation. prompt: ids."""
+    ids = [step[0] for step in generate(model, [prompt], max_new_tokens, stop, sampling)]
+    return tokenizer.decode(ids, specials=False)

@@ -1,0 +1,112 @@
+"""The table: what each stage trains on, what it starts from, how it is built, what it minimises.
+In: a TrainConfig. Out: a row of STAGES, and the three things a run needs made from it: data folder, model, objective.
+Next: ../train.py
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import bpe
+from data_prep import demo
+from data_prep.common import prepare
+from nanomind import bins
+from nanomind.checkpoint import load_model
+from nanomind.data import PackedTokens
+from nanomind.model import LanguageModel
+from nanomind.objectives import NextToken
+from nanomind.tokenizer import Tokenizer
+
+BUILTIN_MINUTES = 4.0  # a run on the built-in corpus without a length ends after this
+
+
+@dataclass(frozen=True)
+class Stage:
+    builtin: str  # file of the built-in corpus (data_prep/demo) it trains on when --data is not given
+    whole: bool  # keep documents whole in a row (chats), or cut the stream (text)
+    starts_from: tuple  # stages of the same run whose checkpoint it starts from, the first that exists; () = random weights
+    objective: object  # called without arguments -> the objective
+    defaults: dict  # of TrainConfig, over those of the preset
+    prompts: tuple  # what samples are made from while it trains
+
+
+STAGES = {
+    "pretrain": Stage(builtin="pretrain.jsonl", whole=False, starts_from=(), objective=NextToken, defaults={},
+                      prompts=("万有引力原理是", "The largest ocean on Earth is")),
+}
+
+
+def data_is_ready(cfg):
+    """Is there a data folder already, so that a dry run need not make one?"""
+    return bool(cfg.data) and (Path(cfg.data) / "meta.json").is_file()
+
+
+def find_data(cfg, stage, run_folder):
+    """The data folder of a run: --data as it is, or made (once, into the run's folder) from raw files or the built-in corpus."""
+    if cfg.data and (Path(cfg.data) / "meta.json").is_file():
+        return bins.open_folder(cfg.data)
+    if cfg.data:
+        paths = [Path(part.strip()) for part in cfg.data.split(",")]
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise FileNotFoundError(f"--data {', '.join(missing)}: not found; expected a data folder, or raw .txt and .jsonl files")
+    else:
+        folder = run_folder / "raw"
+        if not (folder / stage.builtin).is_file():
+            demo.write(folder)
+        paths = [folder / stage.builtin]
+    val = [Path(part.strip()) for part in cfg.val.split(",")] if cfg.val else None
+    files = sorted(str(file.resolve()) for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    tokenizer_folder = find_tokenizer(cfg, paths, run_folder)
+    facts = [Tokenizer.load(tokenizer_folder).hash, cfg.val] + [f"{file} {Path(file).stat().st_size} {Path(file).stat().st_mtime_ns}" for file in files]
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+    out = run_folder / "data" / f"{cfg.stage}-{key}"
+    if not (out / "meta.json").is_file():
+        prepare("text", paths, tokenizer_folder, out, val=val or ())
+    return bins.open_folder(out)
+
+
+def find_tokenizer(cfg, paths, run_folder):
+    """--tokenizer, else that of the checkpoint the run starts from, else the run's own, trained on `paths` when it is not there yet."""
+    if cfg.tokenizer:
+        return Path(cfg.tokenizer)
+    if cfg.init:
+        return Path(cfg.init)
+    folder = run_folder / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        bpe.train(paths, cfg.vocab_size, log=print).save(folder)
+    return folder
+
+
+def build(cfg, model_config, tokenizer):
+    """The model a run starts with: the checkpoint of --init or of the stage before, or random weights of the preset's shape."""
+    init = find_init(cfg)
+    if init is None:
+        return LanguageModel(model_config, cfg.checkpointing).init_weights(cfg.seed)
+    if Tokenizer.load(init).hash != tokenizer.hash:
+        raise ValueError(f"{init} was trained with another tokenizer than the data was made with: prepare the data with --tokenizer {init}")
+    return load_model(init, cfg.checkpointing)
+
+
+def find_init(cfg):
+    """Folder of the checkpoint to start from, or None for random weights."""
+    if cfg.init:
+        return Path(cfg.init)
+    stage = STAGES[cfg.stage]
+    folders = [Path("out") / cfg.run / name for name in stage.starts_from]
+    for folder in folders:
+        if (folder / "model.safetensors").is_file():
+            return folder
+    if folders:
+        raise FileNotFoundError(f"--stage {cfg.stage} starts from {' or '.join(map(str, folders))}, which is not there: "
+                                f"python train.py --stage {stage.starts_from[-1]} --run {cfg.run}, or name a checkpoint with --init")
+    return None
+
+
+def datasets(cfg, folder, stage):
+    """-> (training rows, validation rows or None when the folder has none)."""
+    made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.whole, name)
+            if len(split.tokens) > 1 else None for name, split in (("train", folder.train), ("val", folder.val))]
+    if made[0] is None:
+        raise ValueError("the data folder has no training documents")
+    return made

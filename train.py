@@ -1,0 +1,245 @@
+"""The one training loop: python train.py --stage STAGE [flags]; every flag is a field of TrainConfig (nanomind/config.py).
+In: a row of the stage table, a data folder, a model. Out: out/RUN/STAGE/, a Hugging Face folder, with log.jsonl beside the weights.
+It contains no stage's name: what differs between stages is in nanomind/stages.py.
+Next: sample.py
+"""
+
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from nanomind.cli import keep_memory, run
+from nanomind.config import TrainConfig, parse_flags, settle
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and mistyped flags are answered at once
+    GIVEN = parse_flags(TrainConfig, sys.argv[1:], __doc__.splitlines()[0])
+    keep_memory()
+
+import torch
+
+from nanomind import checkpoint, device, generate, optim, plan, stages
+
+KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch")
+
+
+def main(given):
+    """One run. given: the flags that were given, by field name (parse_flags). -> exit code."""
+    started = time.monotonic()
+    if given.get("stage", TrainConfig.stage) not in stages.STAGES:
+        raise ValueError(f"--stage {given['stage']}: expected {', '.join(stages.STAGES)}")
+    stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
+    cfg, model_config = settle(given, stage.defaults)
+
+    # 1. where results go, and what is there already
+    folder = Path("out") / cfg.run / cfg.stage
+    saved = checkpoint.load_progress(folder) if not (cfg.dry_run or cfg.show_batch) else None
+    if saved and cfg.resume:
+        cfg = resumed_config(cfg, given, saved[1], folder)
+    elif saved and not cfg.overwrite:
+        raise ValueError(f"{folder} holds a run of {saved[1]['step']} steps: --resume goes on, --overwrite begins again, --run NAME starts another")
+    elif cfg.resume:
+        print(f"nothing to resume in {folder}: starting afresh")
+    saved = saved if cfg.resume else None
+
+    # 2. the machine
+    machine = device.choose_device(cfg.device, cfg.precision, cfg.threads)
+    if saved and saved[1]["precision"] != str(machine.dtype):
+        machine = device.choose_device(cfg.device, "bf16" if "bfloat16" in saved[1]["precision"] else "fp32", cfg.threads)
+    print(f"machine    {machine.reasons}")
+
+    # 3. data, model, objective
+    if cfg.dry_run and not stages.data_is_ready(cfg):
+        return plan.show(cfg, model_config, None)
+    data = stages.find_data(cfg, stage, folder.parent)
+    train, val = stages.datasets(cfg, data, stage)
+    print(f"data       {data.path}: {train.summary()}" + (f"; validation {len(val.split):,} documents" if val else "; no validation documents"))
+    if cfg.show_batch:
+        return plan.show_batch(train.batch(0), data.tokenizer)
+    if not stage.starts_from and not cfg.init:
+        model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
+    if cfg.dry_run:
+        return plan.show(cfg, model_config, train)
+    model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
+    model.to(machine.device).train()
+    runner = torch.compile(model) if cfg.compile else model
+    optimizer = optim.Optimizer(model, cfg, machine.dtype)
+    if saved:
+        optimizer.load(saved[0])
+    plan.show(cfg, model.config, train, model)
+
+    # 4. the loop
+    if not saved:
+        for old in ("model.safetensors", "log.jsonl"):
+            (folder / old).unlink(missing_ok=True)
+        checkpoint.begin_folder(folder, model.config, data.tokenizer)
+    state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "precision": str(machine.dtype), "config": asdict(cfg),
+                                    "data": data.meta["tokenizer"]}
+    log = checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
+    trainer = Trainer(cfg, stage, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started)
+    return trainer.run()
+
+
+def resumed_config(cfg, given, progress, folder):
+    """The saved run's own settings; flags that would change what was already done are refused, all at once."""
+    was = progress["config"]
+    changed = [f"--{name.replace('_', '-')} {value} (the run has {was[name]})" for name, value in given.items()
+               if name not in KEPT_ON_RESUME and value != was[name]]
+    if changed:
+        raise ValueError(f"{folder}: cannot be resumed with another {', '.join(changed)}")
+    lengths = ("time_limit", "steps", "tokens", "epochs")
+    newer = {name: value for name, value in given.items() if name in KEPT_ON_RESUME}
+    if set(newer) & set(lengths):  # a new length replaces the old one, of whatever kind that was
+        newer = {**dict.fromkeys(lengths, 0), **newer}
+    return replace(cfg, **{**was, **newer})
+
+
+class Trainer:
+    """What the loop carries from step to step. `state` is what a save stores as JSON: step, tokens, seconds and the run's settings."""
+
+    def __init__(self, cfg, stage, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started):
+        self.cfg, self.stage, self.machine, self.tokenizer, self.model, self.runner = cfg, stage, machine, tokenizer, model, runner
+        self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
+        self.objective, self.steps = stage.objective(), plan.total_steps(cfg, train)
+        self.started = started - state["seconds"]  # the runs before this one count
+        self.step_share, self.final_seconds = 0.0, 0.0
+        self.stop_asked = False
+
+    def seconds(self):
+        """Wall-clock seconds of the run so far, start-up and preparation of the data included."""
+        return time.monotonic() - self.started
+
+    def progress(self):
+        """Where the run stands, in [0, 1]: by steps or by the clock, whichever is further. The clock leaves room for the last evaluation."""
+        by_step = self.state["step"] / self.steps if self.steps else 0.0
+        by_clock = self.seconds() / max(self.cfg.time_limit * 60 - self.final_seconds, 1e-3) if self.cfg.time_limit else 0.0
+        return min(1.0, max(by_step, by_clock))
+
+    def run(self):
+        previous = {kind: signal.signal(kind, self.ask_stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.loop()
+        finally:
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+        if self.stop_asked:
+            self.save()
+            print(f"stopped at step {self.state['step']}, saved; go on with: "
+                  f"python train.py --stage {self.cfg.stage} --run {self.cfg.run} --resume")
+            return 130
+        return 0
+
+    def ask_stop(self, *_):
+        """Ctrl-C: finish the step, save, leave. A second one leaves at once, as the last save left it."""
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        print("\nstopping after this step", file=sys.stderr)
+
+    def loop(self):
+        from tqdm import tqdm
+        state, cfg = self.state, self.cfg
+        if state["step"] == 0:
+            self.final_seconds = 6 * self.evaluate(cfg.eval_tokens)  # the last one is four times as long, and then it saves
+        elif self.progress() >= 1:
+            return print(f"already finished: {state['step']} steps; a longer --steps, --tokens, --epochs or --time-limit goes on")
+        bar = tqdm(total=self.steps, initial=state["step"], disable=None, unit="step", dynamic_ncols=True)
+        began, first, first_tokens = time.monotonic(), self.progress(), state["tokens"]
+        next_line = began + 5  # without a terminal the bar is quiet: a line after 5 seconds, then one a minute
+        while (begin := self.progress()) < 1 and not self.stop_asked:
+            loss = self.take_step(begin)
+            end, now = self.progress(), time.monotonic()
+            self.step_share = end - begin
+            rate, eta = (state["tokens"] - first_tokens) / (now - began), (now - began) * (1 - end) / max(end - first, 1e-9)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, ETA {plan.clock(eta)}", refresh=False)
+            bar.update()
+            if bar.disable and now > next_line:
+                next_line = now + 60
+                print(f"step {state['step']:>6} {100 * end:4.0f} %  loss {loss:.3f}  {rate:,.0f} tok/s  ETA {plan.clock(eta)}", flush=True)
+            if end < 1 and self.due(begin, end, cfg.eval_every):
+                bar.clear()
+                self.evaluate(cfg.eval_tokens)
+                self.sample()
+            if end < 1 and self.due(begin, end, cfg.save_every or cfg.eval_every):
+                self.save()
+        bar.close()
+        if not self.stop_asked:
+            self.evaluate(4 * cfg.eval_tokens)
+            self.sample()
+            self.save()
+            print(f"done: {state['step']:,} steps, {state['tokens'] / 1e6:.2f}M tokens in {plan.clock(self.seconds())}, "
+                  f"peak memory {device.peak_memory(self.machine.device):,.0f} MB; saved in {self.folder}")
+
+    def due(self, begin, end, every):
+        """Is it time? Every so many steps, or (0) whenever another tenth of the run is done."""
+        return self.state["step"] % every == 0 if every else int(10 * begin) != int(10 * end)
+
+    def take_step(self, begin):
+        """One optimiser step over `accumulate` micro-batches -> mean loss per target. The loss is a sum until it is divided, once, by
+        the number of targets of the whole step, so how the rows are split into micro-batches changes nothing."""
+        state, cfg, started = self.state, self.cfg, time.monotonic()
+        batches = [self.train.batch(state["step"], i, cfg.accumulate) for i in range(cfg.accumulate)]
+        targets = max(1, sum(batch.n_targets for batch in batches))
+        total, sums = 0.0, {}
+        for batch in batches:
+            with self.machine.autocast():
+                loss, metrics = self.objective(self.runner, batch.to(self.machine.device))
+            (loss / targets).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip).item()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise ValueError(f"step {state['step'] + 1}: loss {total / targets}, gradient norm {norm}: not finite, stopped before the weights were "
+                             f"touched; the last save in {self.folder} is good. Lower --lr (now {cfg.lr}) and go on from it with --init")
+        scale = optim.schedule(begin, self.step_end(begin), cfg.warmup, cfg.decay)
+        self.optimizer.step(scale)
+        tokens = sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
+        state["step"] += 1
+        state["tokens"] += tokens
+        state["seconds"] = self.seconds()
+        self.log.write({"step": state["step"], "tokens": state["tokens"], "loss": total / targets, "lr": cfg.lr * scale, "grad_norm": norm,
+                        **{name: value / targets for name, value in sums.items()}, "seconds": round(state["seconds"], 2),
+                        "tokens_per_second": round(tokens / (time.monotonic() - started))})
+        return total / targets
+
+    def step_end(self, begin):
+        """Where this step will end: exact by steps, by the clock as long as the step before."""
+        return max((self.state["step"] + 1) / self.steps if self.steps else 0.0, begin + self.step_share if self.cfg.time_limit else 0.0)
+
+    def evaluate(self, tokens):
+        """Validate, print and log. -> seconds it took."""
+        if self.val is None:
+            return 0.0
+        began = time.monotonic()
+        self.model.eval()
+        sums = {}
+        for batch in self.val.validation(tokens):
+            with self.machine.autocast():
+                for name, value in self.objective.validate(self.runner, batch.to(self.machine.device)).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        self.model.train()
+        record = {"step": self.state["step"], **self.objective.summary(sums)}
+        self.log.write(record)
+        print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
+        return time.monotonic() - began
+
+    def sample(self):
+        """Print what the model writes now."""
+        self.model.eval()
+        stop = {self.tokenizer.end_of_text, self.tokenizer.im_end}
+        for prompt in self.stage.prompts:
+            ids = [self.tokenizer.end_of_text] + self.tokenizer.encode(prompt)
+            text = generate.complete(self.model, self.tokenizer, ids, 40, generate.Sampling(seed=self.cfg.seed), stop)
+            print(f"    {prompt} > {' '.join(text.split())}", flush=True)
+        self.model.train()
+
+    def save(self):
+        self.state["seconds"] = self.seconds()
+        checkpoint.save(self.folder, self.model, self.optimizer, self.state)
+
+
+if __name__ == "__main__":
+    run(lambda: main(GIVEN))
