@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 class Writer:
     """Collects a data folder beside its final place and puts it there as a whole; use it in a `with` block.
 
-    Leaving the block by an exception removes everything written; a kill leaves `<name>.unfinished`, which the next run
+    Leaving the block by an exception removes everything written; a kill leaves `.<name>.unfinished`, which the next run
     removes. A finished folder at the same place stays usable until the new one is complete (and needs `overwrite`).
     """
 
@@ -52,17 +52,21 @@ class Writer:
             (self.temporary / split).mkdir(parents=True)
             for name in names:
                 self.files[split, name] = open(self.temporary / split / f"{name}.bin", "wb")
-        tokenizer.save(self.temporary)
+        try:
+            tokenizer.save(self.temporary)
+        except BaseException as problem:
+            self.__exit__(type(problem), problem, None)
+            raise
 
     def add(self, split, ids, starts, mask=None):
         """Append documents: `ids` of all of them in a row, `starts` of each within `ids` (the first is 0), `mask` like ids."""
         assert (mask is not None) == self.mask and len(starts) and starts[0] == 0
         total = self.totals[split]
-        self._write(split, "tokens", ids.astype(self.dtype))
-        self._write(split, "starts", starts.astype("<i8") + total["tokens"])
+        self.files[split, "tokens"].write(ids.astype(self.dtype).data)
+        self.files[split, "starts"].write((starts.astype("<i8") + total["tokens"]).data)
         if self.mask:
             assert len(mask) == len(ids)
-            self._write(split, "mask", mask.astype(np.uint8))
+            self.files[split, "mask"].write(mask.astype(np.uint8).data)
         total["documents"] += len(starts)
         total["tokens"] += len(ids)
         total["bytes"] += int(self.token_lengths[ids].sum())  # the tokenizer loses nothing: these are the text's UTF-8 bytes
@@ -117,9 +121,6 @@ class Writer:
         """Did another run with the same --out remove our files and begin anew?"""
         path, file = self.temporary / "train" / "tokens.bin", self.files["train", "tokens"]
         return not file.closed and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()))
-
-    def _write(self, split, name, array):
-        self.files[split, name].write(np.ascontiguousarray(array).data)
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _is_ours(folder):
 
 def _beside(folder):
     """The two folders a Writer uses next to `folder`; puts the old one back if a kill came between the two renames of close()."""
-    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".unfinished", ".old"))
+    temporary, old = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "replaced"))
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     return temporary, old

@@ -108,10 +108,10 @@ def test_kill_leaves_the_old_folder(tmp_path, tok):
     child.wait()
     assert len(open_folder(tmp_path / "x").train) == 2
     with pytest.raises(ValueError, match="no finished data folder"):
-        open_folder(tmp_path / "x.unfinished")
+        open_folder(tmp_path / ".x.unfinished")
     write(tmp_path / "x", tok, overwrite=True)
     assert os.listdir(tmp_path) == ["x"]
-    os.rename(tmp_path / "x", tmp_path / "x.old")  # as a kill between the two renames leaves it
+    os.rename(tmp_path / "x", tmp_path / ".x.replaced")  # as a kill between the two renames leaves it
     assert len(open_folder(tmp_path / "x").train) == 2 and os.listdir(tmp_path) == ["x"]
 
 
@@ -127,6 +127,16 @@ def test_full_disk(tmp_path, tok):
     child = subprocess.run([sys.executable, "-B", "-c", program, tmp_path / "x", "go"], preexec_fn=limit, capture_output=True, text=True)
     assert child.returncode == 2 and child.stderr == f"error: {tmp_path / 'x'}: File too large\n"
     assert len(open_folder(tmp_path / "x").train) == 2 and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, tok, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tok, "save", full)
+    with pytest.raises(OSError, match="No space left on device: .*/x"):
+        write(tmp_path / "x", tok)
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_runs_with_one_name(tmp_path, tok):

@@ -140,7 +140,7 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     path.write_text("".join(json.dumps({"text": str(i * i) * 50}) + "\n" for i in range(60_000)))
     command = [sys.executable, "-m", "data_prep.text", "--input", path, "--tokenizer", tok, "--out", tmp_path / "x", "--overwrite", "--workers", "2"]
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    tokens = tmp_path / "x.unfinished" / "train" / "tokens.bin"
+    tokens = tmp_path / ".x.unfinished" / "train" / "tokens.bin"
     wait_until(lambda: tokens.exists() and tokens.stat().st_size)
     workers = children(parent.pid)
     assert len(workers) >= 2 and parent.poll() is None
@@ -153,7 +153,7 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     assert contents(tmp_path / "x") == before
     if whom == "worker":
         assert error == "error: a worker process died, perhaps for want of memory; try --workers 1\n"
-    assert (parent.returncode, (tmp_path / "x.unfinished").exists()) == {"worker": (2, False), "ctrl-c": (130, False), "parent": (-9, True)}[whom]
+    assert (parent.returncode, (tmp_path / ".x.unfinished").exists()) == {"worker": (2, False), "ctrl-c": (130, False), "parent": (-9, True)}[whom]
 
 
 def test_command_line(tmp_path, tok):
@@ -175,7 +175,7 @@ def test_command_line(tmp_path, tok):
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: "), done.stderr
         assert re.search(message, last), last
-        assert not (tmp_path / "y").exists() and not (tmp_path / "y.unfinished").exists()
+        assert not (tmp_path / "y").exists() and not (tmp_path / ".y.unfinished").exists()
     done = run("text", "--input", bad, "--tokenizer", tok, "--out", tmp_path / "y", "--max-bad", "0.05")
     assert done.returncode == 0 and f"skipped {bad}:201: not UTF-8" in done.stderr
     assert sum(open_folder(tmp_path / "y").meta["skipped"].values()) == 4
