@@ -9,15 +9,18 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from data_prep import demo
-from data_prep.demo.pretrain import CHOICE, Dice
+from data_prep.demo.pretrain import CHOICE, Dice, one_pass
 from data_prep.demo.world import LANGUAGES, _read_table, passages, relations
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = {
-    "zh": ["马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中", "地球上最大的动物有", "杭州市的美食有"],
+    "zh": ["马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中",
+           "地球上最大的动物有", "杭州市的美食有"],
     "en": ["The capital of China is", "Water boils at", "The largest ocean on Earth is"],
 }
 
@@ -34,7 +37,8 @@ def test_same_seed_same_bytes_even_in_another_process(written, tmp_path):
     """Hash randomisation, the file system's order and the locale must not reach the file."""
     path, _, _ = written
     command = [sys.executable, "-m", "data_prep.demo", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, env={"PYTHONHASHSEED": "7", "LC_ALL": "C", "PATH": ""})
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT,
+                   env={"PYTHONHASHSEED": "7", "LC_ALL": "C", "PATH": ""})
     digest = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, tmp_path / "pretrain.jsonl")]
     assert digest[0] == digest[1]
 
@@ -42,6 +46,18 @@ def test_same_seed_same_bytes_even_in_another_process(written, tmp_path):
 def test_another_seed_mixes_otherwise(tmp_path):
     [one], [two] = demo.write(tmp_path / "1", seed=1, exposures=2), demo.write(tmp_path / "2", seed=2, exposures=2)
     assert one.read_bytes() != two.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["relation", "subject", "random"])
+def test_a_pass_states_every_fact_once(form):
+    """The number of exposures is a promise: no fact may be lost in the cutting into documents."""
+    world = [relation._replace(templates={lang: ["<{s}#{o}>"] * bool(relation.templates[lang]) for lang in LANGUAGES},
+                               title={}, pronoun={})
+             for relation in relations()]
+    for lang in LANGUAGES:
+        told = "".join(one_pass(Dice(3), world, lang, form)).count("#")
+        expected = [relation for relation in world if form == "subject" or relation.name != "is"]
+        assert told == sum(lang in fact.subject for relation in expected for fact in relation.facts)
 
 
 def test_size_and_time(written):
