@@ -23,6 +23,8 @@ from nanomind.records import Reader, find_files
 
 VAL_SHARE = 0.01
 BATCH = 1_000_000  # characters handed to a worker at a time
+MOST_WORKERS = 8  # unless told otherwise: one process reads for all of them, and each needs memory
+SMALL = 4_000_000  # bytes of input for which it is not worth to start processes
 
 
 def command(kind, description):
@@ -56,7 +58,8 @@ def prepare(kind, inputs, tokenizer, out, val_share=VAL_SHARE, val=(), max_bad=0
     if loaded.end_of_text is None:
         raise ValueError(f"{tokenizer}: the tokenizer has no <|endoftext|>, which has to begin every document; make one with python bpe.py train")
     size = sum(path.stat().st_size for path in find_files([*inputs, *val]))
-    workers = workers or (os.cpu_count() if size > 4 * BATCH else 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (min(cores, MOST_WORKERS) if size > SMALL else 1)
     with Writer(out, loaded, kind, mask=kind != "text", overwrite=overwrite) as writer:
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"prepare {kind}", disable=None) as bar:
             readers = {"train": Reader(inputs, max_bad, bar.update)}
