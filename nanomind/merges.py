@@ -13,6 +13,7 @@ from nanomind.tokenizer_json import byte_chars
 SEPARATOR = 0xFF  # stands before every word; never occurs in UTF-8
 BLOCK = 256  # bytes; all words in a block occur equally often, so one number per block tells how often
 DEAD = -1
+DENSE = 512  # among the oldest tokens the counts of all pairs are kept up to date, which saves looking at outdated positions
 
 
 # ---- the algorithm
@@ -103,40 +104,53 @@ def lay_out(pieces, lengths, counts):
     return flat, np.append(block_counts, 0.0)
 
 
-def index_pairs(flat, block_counts, threshold, tick=lambda n: None):
-    """Positions of all pairs of bytes that occur at least `threshold` times: yields (count, left byte, right byte, positions).
-
-    Counting sort in chunks that fit the cache: count per pair, then write each position to the next free place of its pair."""
+def _byte_pairs(flat, tick=lambda n: None):
+    """All pairs of neighbouring bytes as 16-bit numbers, in chunks that fit the cache: yields (position of the first, pairs)."""
     step = 1 << 19
-    dtype = np.int32 if len(flat) < 1 << 31 else np.int64
+    for begin in range(0, len(flat) - 1, step):
+        part = flat[begin:begin + step + 1].astype(np.uint16)
+        yield begin, (part[:-1] << 8) | part[1:]
+        tick(len(part) - 1)
 
-    def chunks():
-        for begin in range(0, len(flat) - BLOCK, step):
-            part = flat[begin:min(begin + step, len(flat) - BLOCK) + 1].astype(np.uint16)
-            yield begin, (part[:-1] << 8) | part[1:]
-            tick(len(part) // 2)
 
-    counts, numbers = np.zeros(1 << 16), np.zeros(1 << 16, np.int64)
-    for begin, keys in chunks():
-        blocks = block_counts[begin // BLOCK:(begin + len(keys)) // BLOCK]
-        counts += np.bincount(keys, np.repeat(blocks, BLOCK), minlength=1 << 16)
-        numbers += np.bincount(keys, minlength=1 << 16)
-    pairs = np.arange(1 << 16)
-    wanted = (counts >= threshold) & (pairs >> 8 != SEPARATOR) & (pairs & 255 != SEPARATOR)
+def count_byte_pairs(flat, block_counts, tick=lambda n: None):
+    """How often each of the 65,536 pairs of bytes occurs in the corpus (pairs with a separator: 0)."""
+    counts = np.zeros(1 << 16)
+    for begin, pairs in _byte_pairs(flat, tick):
+        blocks = block_counts[begin // BLOCK:-(-(begin + len(pairs)) // BLOCK)]
+        if blocks[0] == blocks[-1]:  # they are sorted: all words in this chunk are equally frequent
+            counts += np.bincount(pairs, minlength=1 << 16) * blocks[0]
+        else:
+            counts += np.bincount(pairs, np.repeat(blocks, BLOCK)[:len(pairs)], minlength=1 << 16)
+    counts[SEPARATOR << 8:] = counts[SEPARATOR::256] = 0
+    return counts
+
+
+def group_positions(flat, wanted, tick=lambda n: None):
+    """Positions of the wanted pairs of bytes (bool, 65,536): yields (left byte, right byte, ascending positions).
+
+    Counting sort: count per pair, then write each position to the next free place of its pair."""
+    numbers = np.zeros(1 << 16, np.int64)
+    for _, pairs in _byte_pairs(flat):
+        numbers += np.bincount(pairs, minlength=1 << 16)
     numbers[~wanted] = 0
     ends = np.cumsum(numbers)
     places = ends - numbers
-    positions = np.empty(int(ends[-1]), dtype)
-    for begin, keys in chunks():
-        order = np.argsort(keys, kind="stable")  # 16-bit keys: a radix sort
-        keys = keys[order]
-        chosen = wanted[keys]
-        keys, order = keys[chosen], order[chosen]
-        found = np.bincount(keys, minlength=1 << 16)
-        positions[(places - np.cumsum(found) + found)[keys] + np.arange(len(keys))] = order + begin
+    positions = np.empty(int(ends[-1]), position_type(flat))
+    for begin, pairs in _byte_pairs(flat, tick):
+        order = np.argsort(pairs, kind="stable")  # 16-bit keys: a radix sort
+        pairs = pairs[order]
+        chosen = wanted[pairs]
+        pairs, order = pairs[chosen], order[chosen]
+        found = np.bincount(pairs, minlength=1 << 16)
+        positions[(places - np.cumsum(found) + found)[pairs] + np.arange(len(pairs))] = order + begin
         places += found
-    for pair in np.flatnonzero(wanted).tolist():
-        yield int(counts[pair]), pair >> 8, pair & 255, positions[ends[pair] - numbers[pair]:ends[pair]]
+    for pair in np.flatnonzero(numbers).tolist():
+        yield pair >> 8, pair & 255, positions[ends[pair] - numbers[pair]:ends[pair]]
+
+
+def position_type(flat):
+    return np.int32 if len(flat) < 1 << 31 else np.int64
 
 
 def train(flat, block_counts, n_merges, min_frequency=0, progress=None):
@@ -163,40 +177,59 @@ def _learn(flat, block_counts, n_merges, threshold, bar):
     """Pairs of ids in the order of merging; fewer than n_merges when none is left that occurs `threshold` times."""
     size = 257 + n_merges  # number of ids
     kind = np.int16 if size < 1 << 15 else np.int32
+    small = position_type(flat)
     ids = np.array([*byte_order()[:255], 0], kind)
     heap = []
-    with bar("counting pairs", len(flat)) as counting:
-        for count, left, right, at in index_pairs(flat, block_counts, threshold, counting.update):
-            heap.append((-count, int(ids[left]), int(ids[right]), at))
+    with bar("counting pairs", 2 * len(flat)) as counting:
+        counts = count_byte_pairs(flat, block_counts, counting.update)
+        for left, right, at in group_positions(flat, counts >= threshold, counting.update):
+            heap.append((-int(counts[left << 8 | right]), int(ids[left]), int(ids[right]), at))
     heapq.heapify(heap)
     S = ids[flat]
-    lengths = np.zeros(size, np.int64)
-    lengths[1:257] = 1
+    lengths = np.ones(size, np.int64)  # bytes of each token
     pairs = []
+    dense = min(DENSE, size)
+    exact = np.zeros((dense, dense))
+    for count, left, right, _ in heap:
+        exact[left, right] = -count
     with bar("computing merges", n_merges) as merging:
         while heap and len(pairs) < n_merges:
-            _, left, right, at = heapq.heappop(heap)
-            alive = (S[at] == left) & (S[at + lengths[left].astype(at.dtype)] == right)
-            if not alive.all():
+            count, left, right, at = heapq.heappop(heap)
+            if left < dense and right < dense and exact[left, right] < -count:
+                if exact[left, right] >= threshold:
+                    heapq.heappush(heap, (-int(exact[left, right]), left, right, at))
+                continue
+            at = at.astype(np.int64)  # numpy looks up 64-bit positions fastest, but they are kept in 32 bits
+            alive = S.take(at) == left
+            alive &= S.take(at + lengths[left]) == right
+            if np.count_nonzero(alive) < len(at):
                 at = at[alive]
-                count = int(block_counts[at // BLOCK].sum())
+                count = int(block_counts.take(at // BLOCK).sum())
                 if count < threshold:
                     continue
                 if heap and (-count, left, right) > heap[0][:3]:
-                    heapq.heappush(heap, (-count, left, right, at))
+                    heapq.heappush(heap, (-count, left, right, at.astype(small)))
                     continue
+            if left == right:
+                at = without_overlaps(at, lengths[left])
             new = 257 + len(pairs)
             pairs.append((left, right))
             lengths[new] = lengths[left] + lengths[right]
-            if left == right:
-                at = _without_overlaps(at, int(lengths[left]))
-            for count, a, b, where in _merge_everywhere(S, block_counts, lengths, at, left, new, threshold):
+            write(S, at, new, lengths[left], lengths[right])
+            totals, found = _new_pairs(S, block_counts, lengths, at, new, threshold, small)
+            if left < dense:
+                exact[:, left] -= totals[:dense]
+            if right < dense:
+                exact[right] -= totals[size:size + dense]
+            for count, a, b, where in found:
+                if a < dense and b < dense:
+                    exact[a, b] = count
                 heapq.heappush(heap, (-count, a, b, where))
             merging.update(1)
     return pairs
 
 
-def _without_overlaps(at, length):
+def without_overlaps(at, length):
     """Positions of a pair (x, x) overlap in x x x: in each run of them every second one counts, from the left."""
     i = np.arange(len(at))
     first = np.ones(len(at), bool)
@@ -204,31 +237,40 @@ def _without_overlaps(at, length):
     return at[(i - np.maximum.accumulate(np.where(first, i, 0))) % 2 == 0]
 
 
-def _merge_everywhere(S, block_counts, lengths, at, left, new, threshold):
-    """Write the token `new` at all its positions; return the pairs it forms with its neighbours: [(count, a, b, positions)]."""
-    size, n_left, n_new = len(lengths), int(lengths[left]), int(lengths[new])
-    S[at + n_left] = DEAD
+def write(S, at, new, n_left, n_right):
+    """Make the tokens at these positions and those behind them one token."""
+    if n_right > 1:
+        S[at + n_left] = DEAD
     S[at] = new
-    S[at + (n_new - 1)] = new
-    keys = np.concatenate([S[at - 1], S[at + n_new]]).astype(np.uint16 if 2 * size < 1 << 16 else np.int32)
-    keys[len(at):] += size  # neighbours on the right
-    weights = block_counts[at // BLOCK]
-    counts = np.bincount(keys, np.concatenate([weights, weights]), minlength=2 * size)
-    counts[[0, size, size + new]] = 0  # separators; (new, new) is already seen from its right half
-    frequent = np.flatnonzero(counts >= threshold)
-    if not len(frequent):
-        return []
-    chosen = np.flatnonzero((counts >= threshold)[keys])
-    keys = keys[chosen]
-    order = np.argsort(keys, kind="stable")  # 16-bit keys: a radix sort
-    keys, chosen = keys[order], chosen[order]
-    on_left = chosen < len(at)
-    where = at[np.where(on_left, chosen, chosen - len(at))]
-    where -= np.where(on_left, lengths[np.where(on_left, keys, 0)], 0).astype(where.dtype)
-    bounds = np.searchsorted(keys, frequent).tolist() + [len(keys)]
-    frequent = frequent.tolist()
-    return [(int(counts[key]), key if key < size else new, new if key < size else key - size, where[bounds[i]:bounds[i + 1]])
-            for i, key in enumerate(frequent)]
+    S[at + (n_left + n_right - 1)] = new
+
+
+def _new_pairs(S, block_counts, lengths, at, new, threshold, small):
+    """The pairs that the token `new`, just written at all its positions, forms with its neighbours: [(count, a, b, positions)]."""
+    n, size = len(at), len(lengths)
+    keys = np.empty(2 * n, np.int64)  # the neighbour on the left; the neighbour on the right + size
+    keys[:n] = S.take(at - 1)
+    keys[n:] = S.take(at + lengths[new])
+    keys[n:] += size
+    weights = np.empty(2 * n)
+    weights[:n] = weights[n:] = block_counts.take(at // BLOCK)
+    counts = np.bincount(keys, weights, minlength=2 * size)
+    counts[0] = counts[size] = 0  # separators
+    counts[size + new] = 0  # (new, new) is seen from both of its halves: count it from the right one
+    frequent = counts >= threshold
+    kept = frequent.nonzero()[0]
+    if not len(kept):
+        return counts, []
+    chosen = frequent.take(keys).nonzero()[0]
+    starts = np.empty(2 * n, np.int64)
+    starts[:n] = at - lengths.take(keys[:n])
+    starts[n:] = at
+    keys = keys.take(chosen).astype(np.uint16 if 2 * size < 1 << 16 else np.int32)
+    order = keys.argsort(kind="stable")  # 16-bit keys: a radix sort
+    starts = starts.take(chosen.take(order)).astype(small)
+    bounds = [*keys.take(order).searchsorted(kept.astype(keys.dtype)).tolist(), len(keys)]
+    return counts, [(int(count), key if key < size else new, new if key < size else key - size, starts[bounds[i]:bounds[i + 1]])
+            for i, (key, count) in enumerate(zip(kept.tolist(), counts[kept].tolist()))]
 
 
 class _NoBar:

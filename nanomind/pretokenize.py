@@ -79,12 +79,12 @@ class Cutter:
         return classes
 
 
-def batches(texts, size=CHUNK):
+def batches(texts, size=CHUNK, whole=False):
     """Texts -> lists of texts of about `size` characters. Where a letter is followed by something else both patterns end a word, so a
-    longer text may be cut there without changing its words."""
+    longer text may be cut there without changing its words (unless `whole`)."""
     batch, n = [], 0
     for text in texts:
-        while len(text) > 2 * size:
+        while len(text) > 2 * size and not whole:
             end = regex.compile(r"\p{L}(?!\p{L})").search(text, size)
             if end is None or end.end() == len(text):
                 break

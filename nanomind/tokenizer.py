@@ -32,6 +32,7 @@ class Tokenizer:
     vocab_size    largest id + 1
     special       {text: id} of the control tokens; end_of_text, im_start, im_end, image_pad: the id or None
     token_bytes   for every id the bytes it stands for, b"" for a control token
+    merges        [(left id, right id, new id)] in order; byte_ids: the ids of the bytes 0..255
     hash          changes when an encoding could change, not with the formatting of the file
     """
 
@@ -65,14 +66,16 @@ class Tokenizer:
                     raise ValueError(f"tokenizer.json: token {i} is {token!r}, expected byte-level characters only") from None
         for i, text in added.items():
             self.token_bytes[i] = text
-        self._byte_id = [self.vocab[char] for char in tokenizer_json.byte_chars()]
+        self._whole = {data: i for i, data in enumerate(self.token_bytes) if data} if self.ignore_merges else {}
+        self.byte_ids = [self.vocab[char] for char in tokenizer_json.byte_chars()]
         self.merges = [(self.vocab[left], self.vocab[right], self.vocab[left + right]) for left, right in merges]
         self._rank = {(left, right): (rank, new) for rank, (left, right, new) in enumerate(self.merges)}
-        made, self._proper = set(self._byte_id), len(self._rank) == len(self.merges)
+        made, self._proper = set(self.byte_ids), len(self._rank) == len(self.merges)
         for left, right, new in self.merges:  # each token made once, of tokens made before: what the proof in _fast needs
             self._proper = self._proper and left in made and right in made and new not in made
             made.add(new)
         self._made = {self.token_bytes[i]: i for i in made}
+        self.replayable = self._proper and not self.ignore_merges
         self._longest = max(map(len, self._made))
 
     def _matcher(self, normalized):
@@ -123,10 +126,15 @@ class Tokenizer:
     def encode_many(self, texts):
         """A corpus: (ids of all texts in a row as uint16 or uint32, index of each text's first id as int64). Ids as encode()."""
         import numpy as np
-        rows = [self.encode(text) for text in texts]
-        starts = np.zeros(len(rows), np.int64)
-        starts[1:] = np.cumsum([len(row) for row in rows[:-1]])
-        ids = np.array([i for row in rows for i in row], np.uint16 if self.vocab_size <= 65536 else np.uint32)
+        from nanomind.replay import encode_corpus
+        rows = {}  # texts with added tokens that are always found (other models have some) are rare: one by one
+        for number, text in enumerate(texts) if len(self.special) < len(self.added) else ():
+            if any(token is not None for _, token in self._cut(text, specials=False)):
+                rows[number] = self.encode(text)
+        ids, starts = encode_corpus(self, ["" if number in rows else text for number, text in enumerate(texts)])
+        for number in sorted(rows, reverse=True):
+            ids = np.insert(ids, starts[number], np.array(rows[number], ids.dtype))
+            starts[number + 1:] += len(rows[number])
         return ids, starts
 
     def _cut(self, text, specials):
@@ -153,15 +161,18 @@ class Tokenizer:
     def _encode_word(self, word):
         """Ids of one pre-token, remembered."""
         data = word.encode("utf-8", "replace")  # a lone surrogate is no text: '?'
-        if self.ignore_merges and data in self._made:
-            ids = [self._made[data]]
-        else:
-            ids = self._fast(data) if self._proper else self._scan(data)
+        ids = self.encode_bytes(data)
         if len(self._words) >= CACHE_SIZE:
             self._words.clear()
         if len(data) < 256:
             self._words[word] = ids
         return ids
+
+    def encode_bytes(self, data):
+        """Ids of the bytes of one pre-token."""
+        if self.ignore_merges and data in self._whole:
+            return [self._whole[data]]
+        return self._fast(data) if self._proper else self._scan(data)
 
     def _fast(self, data):
         """Longest match from the left, then a proof that it is the BPE encoding; else the scan.
@@ -193,7 +204,7 @@ class Tokenizer:
     def _scan(self, data):
         """BPE itself: join the pair of lowest rank, the leftmost first, until no pair has a rank. A heap and a linked list keep it
         O(n log n), so a line of a megabyte without a blank is no problem."""
-        ids = [self._byte_id[byte] for byte in data]
+        ids = [self.byte_ids[byte] for byte in data]
         after = list(range(1, len(ids) + 1))
         before = list(range(-1, len(ids) - 1))
         heap = []
