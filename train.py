@@ -32,6 +32,8 @@ def main(given):
         raise ValueError(f"--stage {given['stage']}: expected {', '.join(stages.STAGES)}")
     stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
     cfg, model_config = settle(given, stage.defaults)
+    if not (cfg.data or cfg.steps or cfg.tokens or cfg.epochs or cfg.time_limit):
+        cfg = replace(cfg, time_limit=stages.BUILTIN_MINUTES)
 
     # 1. where results go, and what is there already
     folder = Path("out") / cfg.run / cfg.stage

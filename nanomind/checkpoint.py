@@ -74,7 +74,7 @@ def load_model(folder, checkpointing=False):
         raise FileNotFoundError(f"{folder}: no config.json, expected a checkpoint folder (config.json, model.safetensors, tokenizer.json)")
     config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if not (folder / "model.safetensors").is_file():
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors") and not path.name.startswith("state-"))
         raise FileNotFoundError(f"{folder}: no model.safetensors" + (f"; {', '.join(others[:3])} is not read here (pickles may run code, parts "
                                 "must be joined): save one model.safetensors with transformers' save_pretrained" if others else
                                 ", so nothing was saved here yet"))

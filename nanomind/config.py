@@ -160,7 +160,7 @@ class TrainConfig:
     # what is seen on the way
     log_every: int = knob(10, "steps between two log lines")
     eval_every: int = knob(0, "steps between two validations; 0: ten in a run")
-    eval_tokens: float = knob(65536, "tokens in a validation; the one at the end uses four times as many")
+    eval_tokens: float = knob(65536.0, "tokens in a validation; the one at the end uses four times as many")
     save_every: int = knob(0, "steps between two saves; 0: with every validation")
     dry_run: bool = knob(False, "print the plan and stop")
     show_batch: bool = knob(False, "print a table of tokens, labels, documents and mask of the first row and stop")
@@ -175,7 +175,7 @@ def parse_flags(kind, argv, description):
         if f.type is bool or f.type == "bool":
             parser.add_argument(flag, dest=f.name, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            shown = f" (default: {f.default})" if f.default not in ("", 0, 0.0) else ""
+            shown = f" (default: {f.default:g})" if f.type in (float, "float") and f.default else f" (default: {f.default})" if f.default else ""
             parser.add_argument(flag, dest=f.name, type=type(f.default), default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                 metavar=f.name.upper(), help=text + shown)
     return vars(parser.parse_args(argv))
