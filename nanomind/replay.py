@@ -7,72 +7,104 @@ the merges, and the tokens this makes put new positions into later buckets (neve
 is part of). So the cost is that of the merges that happen, not of the text times the merges.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from nanomind.merges import DEAD, SEPARATOR, group_positions, position_type, without_overlaps, write
+from nanomind.merges import SEPARATOR, group_positions, position_type, without_overlaps, write
 from nanomind.pretokenize import Cutter, WordTable, batches
 
 GAP = -2  # in S where a separator stands
 
 
-def encode_corpus(tokenizer, texts):
-    """(ids, starts) as Tokenizer.encode_many describes."""
-    table, cutter = WordTable(), Cutter(tokenizer.known_pattern, tokenizer.split)
-    words, words_per_text = [], []
-    for batch in batches(map(tokenizer.normalize, texts), whole=True):
-        cut = cutter.cut(batch)
-        words.append(table.add(cut))
-        words_per_text.append(np.diff(np.flatnonzero(cut.is_end), prepend=-1) - 1)
-    pieces, lengths, _ = table.words()
-    ids, ends = _encode_words(tokenizer, pieces, lengths)
-    counts = np.diff(ends, prepend=0)
-    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    ids = ids.astype(kind)
-    out = [np.zeros(0, kind)]
-    for part in words:  # from words back to text: copy the ids of each
-        n = counts[part]
-        done = np.cumsum(n)
-        out.append(ids[np.repeat(ends[part] - done, n) + np.arange(done[-1] if len(n) else 0)])
-    ids_before = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *(counts[part] for part in words)]))])
-    words_before = np.cumsum(np.concatenate([np.zeros(1, np.int64), *words_per_text]))[:-1]
-    return np.concatenate(out), ids_before[words_before]
+class CorpusEncoder:
+    """encode(texts) -> (ids, starts) as Tokenizer.encode_many describes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.cutter = Cutter(tokenizer.known_pattern, tokenizer.split)
+        self.plan = plan(tokenizer.byte_ids, tokenizer.merges) if tokenizer.replayable else None
+
+    def encode(self, texts):
+        table, words, words_per_text = WordTable(), [], []
+        for batch in batches(map(self.tokenizer.normalize, texts), whole=True):
+            cut = self.cutter.cut(batch)
+            words.append(table.add(cut))
+            words_per_text.append(np.diff(np.flatnonzero(cut.is_end), prepend=-1) - 1)
+        pieces, lengths, _ = table.words()
+        ids, counts = self._encode_words(pieces, lengths)
+        ids = ids.astype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        firsts = np.cumsum(counts) - counts
+        out, before = [ids[:0]], [np.zeros(1, np.int64)]
+        for part in words:  # from words back to text: copy the ids of each
+            n = counts[part]
+            done = np.cumsum(n)
+            out.append(ids[np.repeat(firsts[part] - done + n, n) + np.arange(n.sum())])
+            before.append(before[-1][-1] + done)
+        words_before = np.cumsum(np.concatenate([np.zeros(1, np.int64), *words_per_text]))[:-1]
+        return np.concatenate(out), np.concatenate(before)[words_before]
+
+    def _encode_words(self, pieces, lengths):
+        """Ids of all words in a row, and how many each word has."""
+        data = np.concatenate([np.zeros(0, np.uint8), *pieces])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if self.plan is None:
+            text, encode = data.tobytes(), self.tokenizer.encode_bytes
+            rows = [encode(text[end - n:end]) for end, n in zip(ends.tolist(), lengths.tolist())]
+            return np.array([i for row in rows for i in row], np.int64), np.array([len(row) for row in rows], np.int64)
+        flat = np.full(len(data) + len(lengths) + 1, SEPARATOR, np.uint8)
+        live = np.ones(len(flat), bool)
+        gaps = ends + np.arange(1, len(ends) + 1)
+        live[gaps] = live[0] = False
+        flat[live] = data
+        S = replay(flat, self.plan, live)
+        tokens = np.flatnonzero(live)
+        return S.take(tokens), np.diff(np.searchsorted(tokens, gaps), prepend=0)
 
 
-def _encode_words(tokenizer, pieces, lengths):
-    """Ids of all words in a row, and where each word's end."""
-    data = np.concatenate([np.zeros(0, np.uint8), *pieces])
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if not tokenizer.replayable:
-        text = data.tobytes()
-        rows = [tokenizer.encode_bytes(text[end - n:end]) for end, n in zip(ends.tolist(), lengths.tolist())]
-        return np.array([i for row in rows for i in row], np.int64), np.cumsum([len(row) for row in rows], dtype=np.int64)
-    flat = np.full(len(data) + len(lengths) + 1, SEPARATOR, np.uint8)
-    is_word = np.ones(len(flat), bool)
-    is_word[ends + np.arange(1, len(ends) + 1)] = is_word[0] = False
-    flat[is_word] = data
-    S = replay(flat, tokenizer.byte_ids, tokenizer.merges, is_word)
-    ids = S[is_word]
-    counts = np.cumsum(is_word)[ends + np.arange(len(ends))]
-    return ids, counts
+@dataclass
+class Plan:
+    merges: list         # [(left, right, new)]
+    byte_ids: np.ndarray  # id of each byte, GAP for the separator
+    lengths: np.ndarray  # bytes of each token
+    first: dict          # {pair of bytes: rank of its merge}
+    left_of: dict        # {token: ([older tokens it merges with on its left], [ranks])}
+    right_of: dict       # {token: ([tokens as old or older it merges with on its right], [ranks])}
 
 
-def replay(flat, byte_ids, merges, live):
-    """Carry out all merges [(left, right, new)] on `flat`; `live` (bool, True at word bytes) stays True where a token starts.
-    Returns the array that holds at each of these places the id of the token."""
-    S = np.array([*byte_ids[:SEPARATOR], GAP], np.int16 if max(map(max, merges), default=0) < 1 << 15 else np.int32)[flat]
+def plan(byte_ids, merges):
+    """What replay() has to know about the merges."""
     size = 1 + max([*byte_ids, *(new for _, _, new in merges)])
-    lengths, buckets, left_of, right_of, first = _plan(byte_ids, merges, size)
-    wanted = np.zeros(1 << 16, bool)
-    wanted[list(first)] = True
-    for left, right, at in group_positions(flat, wanted):
-        buckets[first[left << 8 | right]].append(at)
-    table = np.full(size + 2, -1)  # rank of the merge with this neighbour; -1, also for GAP and DEAD: none
-    small = position_type(flat)
+    lengths, first, left_of, right_of = np.ones(size, np.int64), {}, {}, {}
+    age = {token: -1 for token in byte_ids}
+    byte_of = {token: byte for byte, token in enumerate(byte_ids)}
     for rank, (left, right, new) in enumerate(merges):
-        if not buckets[rank]:
+        lengths[new] = lengths[left] + lengths[right]
+        age[new] = rank
+        if age[left] < 0 and age[right] < 0:
+            first[byte_of[left] << 8 | byte_of[right]] = rank
+        else:
+            place, young, old = (left_of, right, left) if age[right] > age[left] else (right_of, left, right)
+            for values, value in zip(place.setdefault(young, ([], [])), (old, rank)):
+                values.append(value)
+    ids = np.array([*byte_ids[:SEPARATOR], GAP], np.int16 if size < 1 << 15 else np.int32)
+    return Plan(merges, ids, lengths, first, left_of, right_of)
+
+
+def replay(flat, plan, live):
+    """Carry out all merges on `flat`; `live` (bool, True at the bytes of words) stays True where a token starts. Returns the array that
+    holds the id of the token at each of these places."""
+    S, lengths, buckets = plan.byte_ids[flat], plan.lengths, {}
+    wanted = np.zeros(1 << 16, bool)
+    wanted[list(plan.first)] = True
+    for left, right, at in group_positions(flat, wanted):
+        buckets[plan.first[left << 8 | right]] = [at]
+    table = np.full(len(lengths) + 2, -1)  # rank of the merge with this neighbour; -1, also for GAP and DEAD: none
+    small = position_type(flat)
+    for rank, (left, right, new) in enumerate(plan.merges):
+        if rank not in buckets:
             continue
-        at = np.concatenate(buckets[rank]).astype(np.int64)
-        buckets[rank] = None
+        at = np.concatenate(buckets.pop(rank), dtype=np.int64)
         alive = S.take(at) == left
         alive &= S.take(at + lengths[left]) == right
         at = at[alive]
@@ -81,32 +113,12 @@ def replay(flat, byte_ids, merges, live):
         if len(at):
             write(S, at, new, lengths[left], lengths[right])
             live[at + lengths[left]] = False
-            if new in left_of:
+            if new in plan.left_of:
                 neighbours = S.take(at - 1)
-                _fill(buckets, table, left_of[new], neighbours, at - lengths[neighbours], small)
-            if new in right_of:
-                _fill(buckets, table, right_of[new], S.take(at + lengths[new]), at, small)
+                _fill(buckets, table, plan.left_of[new], neighbours, at - lengths.take(neighbours, mode="wrap"), small)
+            if new in plan.right_of:
+                _fill(buckets, table, plan.right_of[new], S.take(at + lengths[new]), at, small)
     return S
-
-
-def _plan(byte_ids, merges, size):
-    """Lengths of the tokens; an empty bucket per merge; for each token the merges it takes part in as the younger of the two (with an
-    older one on its left; with one as old or older on its right): {token: ([neighbours], [ranks])}; {pair of bytes: rank}."""
-    lengths = np.ones(size + 2, np.int64)
-    age = {token: -1 for token in byte_ids}
-    byte_of = {token: byte for byte, token in enumerate(byte_ids)}
-    left_of, right_of, first = {}, {}, {}
-    for rank, (left, right, new) in enumerate(merges):
-        lengths[new] = lengths[left] + lengths[right]
-        age[new] = rank
-        if age[left] < 0 and age[right] < 0:
-            first[byte_of[left] << 8 | byte_of[right]] = rank
-        else:
-            place, young, old = (left_of, right, left) if age[right] > age[left] else (right_of, left, right)
-            neighbours, ranks = place.setdefault(young, ([], []))
-            neighbours.append(old)
-            ranks.append(rank)
-    return lengths, [[] for _ in merges], left_of, right_of, first
 
 
 def _fill(buckets, table, merges, neighbours, starts, small):
@@ -118,8 +130,8 @@ def _fill(buckets, table, merges, neighbours, starts, small):
     hits = (found >= 0).nonzero()[0]
     if len(hits):
         found = found.take(hits)
-        order = found.astype(np.uint16 if len(buckets) < 1 << 16 else np.int64).argsort(kind="stable")
+        order = found.astype(np.uint16 if ranks[-1] < 1 << 16 else np.int64).argsort(kind="stable")
         found, starts = found.take(order), starts.take(hits.take(order)).astype(small)
         bounds = [0, *((found[1:] != found[:-1]).nonzero()[0] + 1).tolist(), len(found)]
         for begin, end in zip(bounds, bounds[1:]):
-            buckets[found[begin]].append(starts[begin:end])
+            buckets.setdefault(int(found[begin]), []).append(starts[begin:end])

@@ -46,7 +46,7 @@ class Tokenizer:
         self.vocab_size = max([*self.vocab.values(), *(i for _, i, _, _ in self.added)]) + 1
         self._read_tokens(merges)
         self._matchers = [self._matcher(normalized) for normalized in (False, True)]
-        self._words, self._pairs = {}, {}
+        self._words, self._pairs, self._corpus_encoder = {}, {}, None
         eos = self.config.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         self.end_of_text = self.special.get(SPECIALS[0], self.special.get(eos))
@@ -79,8 +79,9 @@ class Tokenizer:
         self._longest = max(map(len, self._made))
 
     def _matcher(self, normalized):
-        texts = sorted((text for text, _, _, n in self.added if n == normalized), key=len, reverse=True)
-        return regex.compile("|".join(map(regex.escape, texts))) if texts else None
+        """(pattern that finds the longest added token, {its text: (id, is special)})."""
+        found = {self.normalize(text) if normalized else text: (i, special) for text, i, special, n in self.added if n == normalized}
+        return regex.compile("|".join(map(regex.escape, sorted(found, key=len, reverse=True)))), found
 
     # ---- files
 
@@ -126,12 +127,13 @@ class Tokenizer:
     def encode_many(self, texts):
         """A corpus: (ids of all texts in a row as uint16 or uint32, index of each text's first id as int64). Ids as encode()."""
         import numpy as np
-        from nanomind.replay import encode_corpus
+        from nanomind.replay import CorpusEncoder
+        self._corpus_encoder = self._corpus_encoder or CorpusEncoder(self)
         rows = {}  # texts with added tokens that are always found (other models have some) are rare: one by one
         for number, text in enumerate(texts) if len(self.special) < len(self.added) else ():
             if any(token is not None for _, token in self._cut(text, specials=False)):
                 rows[number] = self.encode(text)
-        ids, starts = encode_corpus(self, ["" if number in rows else text for number, text in enumerate(texts)])
+        ids, starts = self._corpus_encoder.encode(["" if number in rows else text for number, text in enumerate(texts)])
         for number in sorted(rows, reverse=True):
             ids = np.insert(ids, starts[number], np.array(rows[number], ids.dtype))
             starts[number + 1:] += len(rows[number])
@@ -147,13 +149,14 @@ class Tokenizer:
                 yield from self._cut_with(self._matchers[1], self.normalize(piece), specials)
 
     def _cut_with(self, matcher, text, specials):
-        ids = {content: i for content, i, special, _ in self.added if specials or not special} if matcher else {}
+        pattern, found = matcher
         done = 0
-        for match in matcher.finditer(text) if ids else ():
-            if match.group() in ids:
+        for match in pattern.finditer(text) if found else ():
+            token, special = found[match.group()]
+            if specials or not special:
                 if match.start() > done:
                     yield text[done:match.start()], None
-                yield match.group(), ids[match.group()]
+                yield match.group(), token
                 done = match.end()
         if done < len(text):
             yield text[done:], None

@@ -26,9 +26,10 @@ NEWER_THAN_UNICODE_16 = """558-558 58b-58c 5c8-5c9 88f-88f b53-b54 c5c-c5c cdc-c
 UNASSIGNED = "\uffff"  # a character that no Unicode version will ever assign stands in for those above
 
 # What a Split pattern may consist of: the constructs that Oniguruma (in `tokenizers`) and `regex` (here) understand alike.
+ESCAPES = r"\\[pP]\{\^?[A-Za-z_]+\}|\\[sSrntd]|\\[^A-Za-z0-9]|\\u[0-9a-fA-F]{4}"
 KNOWN_CONSTRUCTS = re.compile(
-    r"\\[pP]\{\^?[A-Za-z_]+\}|\\[sSrntd]|\\[^A-Za-z0-9]|\\u[0-9a-fA-F]{4}|\(\?i:|\(\?:|\(\?[!=]|\(\?<[!=]|[()|]|[?*+]\+?|"
-    r"\{\d+(?:,\d*)?\}(?![+?])|\[\^?(?:\\.|[^\]\\\[&])+\]|[^\\\[\](){}|?*+^$.]")
+    ESCAPES + r"|\(\?i:|\(\?:|\(\?[!=]|\(\?<[!=]|[()|]|[?*+]\+?|\{\d+(?:,\d*)?\}(?![+?])|"
+    r"\[\^?(?:" + ESCAPES + r"|&(?!&)|[^\]\\\[&])+\]|[^\\\[\](){}|?*+^$.]")
 
 
 def byte_chars():
@@ -124,7 +125,7 @@ def read_splitter(spec):
     newer = newer_characters()
 
     def split(text):
-        pieces = [text]
+        pieces = [text] if text else []
         for step in steps:
             if step == "prefix space":
                 pieces = [piece if piece.startswith(" ") else " " + piece for piece in pieces]
