@@ -4,6 +4,8 @@ In: files in one of the chat formats of FORMATS; which one is found out per file
 Next: data_prep/pairs.py
 """
 
+import copy
+
 from data_prep.common import command
 from nanomind.cli import run
 
@@ -28,7 +30,20 @@ def items(reader):
 
 
 def encode(tokenizer, items):
+    tokenizer = knowing(tokenizer, items)
     return joined(tokenizer, [tokenizer.render_chat(messages) for messages in items])
+
+
+def knowing(tokenizer, conversations):
+    """The tokenizer, but it has encoded the contents of these conversations already: all at once is many times faster."""
+    import numpy as np
+
+    texts = list({message["content"] for messages in conversations for message in messages})
+    ids, starts = tokenizer.encode_many(texts)
+    known = {text: part.tolist() for text, part in zip(texts, np.split(ids, starts[1:]))}
+    quick = copy.copy(tokenizer)
+    quick.encode = lambda text: known[text] if text in known else tokenizer.encode(text)
+    return quick
 
 
 def recognised(reader, formats):

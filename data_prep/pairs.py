@@ -4,7 +4,7 @@ folder in which document 2i is the chosen and 2i+1 the rejected conversation; on
 Next: nanomind/data.py
 """
 
-from data_prep.chat import checked, first_question, joined, recognised
+from data_prep.chat import checked, first_question, joined, knowing, recognised
 from data_prep.common import command
 from nanomind.cli import run
 
@@ -29,8 +29,9 @@ def items(reader):
 
 
 def encode(tokenizer, items):
-    rendered = []
-    for messages in (messages for pair in items for messages in pair):
+    conversations = [messages for pair in items for messages in pair]
+    tokenizer, rendered = knowing(tokenizer, conversations), []
+    for messages in conversations:
         ids, mask = tokenizer.render_chat(messages)
         prompt = len(tokenizer.render_prompt(messages[:-1]))
         rendered.append((ids, [0] * prompt + mask[prompt:]))  # earlier answers belong to the prompt: they are no targets
