@@ -1,7 +1,7 @@
 """Learns a byte-level BPE tokenizer from raw text, and shows how one splits text.
 In: .txt, .jsonl or .json files (also .gz, .xz) or folders. Out: a folder with tokenizer.json (the same file, to the byte, that Hugging
 Face `tokenizers` makes of these texts), tokenizer_config.json with the chat template, and vocab.txt to read.
-Next: nanomind/tokenizer.py
+Next: nanomind/bins.py
 
     python bpe.py train FILES... --vocab-size 6400 --out DIR
     python bpe.py show DIR [TEXT]

@@ -1,6 +1,6 @@
 """Encodes a corpus: replays the merges in order over all different words at once, with numpy.
 In: a Tokenizer and a list of texts. Out: the ids of all texts in a row (those that Tokenizer.encode gives) and where each text starts.
-Next: ../bpe.py
+Next: tokenizer.py
 
 The same flat array `S` as in merges.py. Each merge has a bucket of positions where its pair was seen; buckets are emptied in the order of
 the merges, and the tokens this makes put new positions into later buckets (never into earlier ones: a token is older than the pairs it
@@ -23,7 +23,8 @@ class CorpusEncoder:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.cutter = Cutter(tokenizer.known_pattern, tokenizer.split)
-        self.plan = plan(tokenizer.byte_ids, tokenizer.merges) if tokenizer.replayable else None
+        word = tokenizer.encode_word
+        self.plan = plan(tokenizer.byte_ids, tokenizer.merges) if word.in_order and not word.ignore_merges else None
 
     def encode(self, texts):
         table, words, words_per_text = WordTable(), [], []
@@ -49,7 +50,7 @@ class CorpusEncoder:
         data = np.concatenate([np.zeros(0, np.uint8), *pieces])
         ends = np.cumsum(lengths, dtype=np.int64)
         if self.plan is None:
-            text, encode = data.tobytes(), self.tokenizer.encode_bytes
+            text, encode = data.tobytes(), self.tokenizer.encode_word.encode_bytes
             rows = [encode(text[end - n:end]) for end, n in zip(ends.tolist(), lengths.tolist())]
             return np.array([i for row in rows for i in row], np.int64), np.array([len(row) for row in rows], np.int64)
         flat = np.full(len(data) + len(lengths) + 1, SEPARATOR, np.uint8)

@@ -2,11 +2,10 @@
 In: a folder with tokenizer.json (made by bpe.py, or that of another byte-level BPE model). Out: ids that are equal to those of
 Hugging Face `tokenizers` for every text, and text again, byte for byte.
 Next: tokenizer_json.py
-"""
+Next: ../bpe.py
 
 import codecs
 import hashlib
-import heapq
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import regex
 
 from nanomind import tokenizer_json
+from nanomind.word_encoder import WordEncoder
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 IMAGE_PAD = "<|image_pad|>"  # id 3 where a model sees images
@@ -23,7 +23,6 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('role must be system, user or assistant') }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-CACHE_SIZE = 50_000  # words and pairs remembered by encode(); the caches are emptied when they reach it
 
 
 class Tokenizer:
@@ -38,7 +37,7 @@ class Tokenizer:
 
     def __init__(self, spec, config=None):
         self.spec, self.config = spec, config or {}
-        self.vocab, merges, self.ignore_merges = tokenizer_json.read_model(spec)
+        self.vocab, merges, ignore_merges = tokenizer_json.read_model(spec)
         self.split, self.known_pattern = tokenizer_json.read_splitter(spec)
         self.normalize = tokenizer_json.read_normalizer(spec)
         self.added = tokenizer_json.read_added(spec)
@@ -46,7 +45,8 @@ class Tokenizer:
         self.vocab_size = max([*self.vocab.values(), *(i for _, i, _, _ in self.added)]) + 1
         self._read_tokens(merges)
         self._matchers = [self._matcher(normalized) for normalized in (False, True)]
-        self._words, self._pairs, self._corpus_encoder = {}, {}, None
+        self.encode_word = WordEncoder(self.byte_ids, self.merges, self.token_bytes, ignore_merges)
+        self._corpus_encoder = None
         eos = self.config.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         self.end_of_text = self.special.get(SPECIALS[0], self.special.get(eos))
@@ -66,17 +66,8 @@ class Tokenizer:
                     raise ValueError(f"tokenizer.json: token {i} is {token!r}, expected byte-level characters only") from None
         for i, text in added.items():
             self.token_bytes[i] = text
-        self._whole = {data: i for i, data in enumerate(self.token_bytes) if data} if self.ignore_merges else {}
         self.byte_ids = [self.vocab[char] for char in tokenizer_json.byte_chars()]
         self.merges = [(self.vocab[left], self.vocab[right], self.vocab[left + right]) for left, right in merges]
-        self._rank = {(left, right): (rank, new) for rank, (left, right, new) in enumerate(self.merges)}
-        made, self._proper = set(self.byte_ids), len(self._rank) == len(self.merges)
-        for left, right, new in self.merges:  # each token made once, of tokens made before: what the proof in _fast needs
-            self._proper = self._proper and left in made and right in made and new not in made
-            made.add(new)
-        self._made = {self.token_bytes[i]: i for i in made}
-        self.replayable = self._proper and not self.ignore_merges
-        self._longest = max(map(len, self._made))
 
     def _matcher(self, normalized):
         """(pattern that finds the longest added token, {its text: (id, is special)})."""
@@ -106,7 +97,7 @@ class Tokenizer:
     @property
     def hash(self):
         names = ("normalizer", "pre_tokenizer", "added_tokens")
-        content = [[self.spec.get(name) for name in names], sorted(self.vocab.items()), self.merges, self.ignore_merges]
+        content = [[self.spec.get(name) for name in names], sorted(self.vocab.items()), self.merges, self.encode_word.ignore_merges]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # ---- text -> ids
@@ -121,7 +112,7 @@ class Tokenizer:
                 ids.append(token)
             else:
                 for word in self.split(piece):
-                    ids += self._words.get(word) or self._encode_word(word)
+                    ids += self.encode_word(word)
         return ids
 
     def encode_many(self, texts):
@@ -160,74 +151,6 @@ class Tokenizer:
                 done = match.end()
         if done < len(text):
             yield text[done:], None
-
-    def _encode_word(self, word):
-        """Ids of one pre-token, remembered."""
-        data = word.encode("utf-8", "replace")  # a lone surrogate is no text: '?'
-        ids = self.encode_bytes(data)
-        if len(self._words) >= CACHE_SIZE:
-            self._words.clear()
-        if len(data) < 256:
-            self._words[word] = ids
-        return ids
-
-    def encode_bytes(self, data):
-        """Ids of the bytes of one pre-token."""
-        if self.ignore_merges and data in self._whole:
-            return [self._whole[data]]
-        return self._fast(data) if self._proper else self._scan(data)
-
-    def _fast(self, data):
-        """Longest match from the left, then a proof that it is the BPE encoding; else the scan.
-
-        A sequence of tokens is THE encoding of its bytes if and only if every two neighbours are the encoding of theirs
-        (github/rust-gems `bpe`, corollary III). Pairs repeat, so they are remembered."""
-        ids, start = [], 0
-        while start < len(data):
-            for end in range(min(len(data), start + self._longest), start, -1):
-                if data[start:end] in self._made:
-                    break
-            ids.append(self._made[data[start:end]])
-            start = end
-        if len(ids) == 1:
-            return ids if self._stable(ids[0], ids[0]) else self._scan(data)
-        return ids if all(map(self._stable, ids, ids[1:])) else self._scan(data)
-
-    def _stable(self, left, right):
-        """Do these neighbours stay as they are when their bytes are encoded? (left, left): is it the encoding of itself?"""
-        known = self._pairs.get((left, right))
-        if known is None:
-            ids = self._scan(self.token_bytes[left] + self.token_bytes[right])
-            known = ids == [left, right]
-            if len(self._pairs) >= CACHE_SIZE:
-                self._pairs.clear()
-            self._pairs[left, right] = known
-        return known
-
-    def _scan(self, data):
-        """BPE itself: join the pair of lowest rank, the leftmost first, until no pair has a rank. A heap and a linked list keep it
-        O(n log n), so a line of a megabyte without a blank is no problem."""
-        ids = [self.byte_ids[byte] for byte in data]
-        after = list(range(1, len(ids) + 1))
-        before = list(range(-1, len(ids) - 1))
-        heap = []
-        for i in range(len(ids) - 1):
-            if (ids[i], ids[i + 1]) in self._rank:
-                heap.append((self._rank[ids[i], ids[i + 1]][0], i))
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            left, right, new = self.merges[rank]
-            j = after[i]
-            if ids[i] != left or j >= len(ids) or ids[j] != right:
-                continue  # one of the two has been joined to something else meanwhile
-            ids[i], ids[j], after[i] = new, None, after[j]
-            if after[j] < len(ids):
-                before[after[j]] = i
-            for a, b in ((before[i], i), (i, after[i])):
-                if a >= 0 and b < len(ids) and (ids[a], ids[b]) in self._rank:
-                    heapq.heappush(heap, (self._rank[ids[a], ids[b]][0], a))
-        return [i for i in ids if i is not None]
 
     # ---- ids -> text
 
