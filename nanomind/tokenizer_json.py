@@ -161,9 +161,11 @@ def _steps(part):
             refuse("Split behavior", part["behavior"] + " inverted" * bool(part.get("invert")), "Isolated, not inverted")
         if "String" in pattern:
             return [regex.compile(regex.escape(pattern["String"]))]
-        strange = KNOWN_CONSTRUCTS.sub("", pattern["Regex"])
-        if strange:
-            refuse("the construct", strange, r"\p{..} \s \r \n \t \d, sets, groups, look-arounds, quantifiers")
+        end = 0
+        while known := KNOWN_CONSTRUCTS.match(pattern["Regex"], end):
+            end = known.end()
+        if end < len(pattern["Regex"]):
+            refuse("the Split pattern from", pattern["Regex"][end:end + 20], r"\p{..} \s \r \n \t \d, sets, groups, look-arounds, quantifiers")
         return [regex.compile(pattern["Regex"])]
     return refuse("pre_tokenizer", kind, "ByteLevel, Split, Digits, Sequence of these")
 
