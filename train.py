@@ -54,7 +54,7 @@ def main(given):
 
     # 3. data, model, objective
     if cfg.dry_run and not stages.data_is_ready(cfg):
-        return plan.show(cfg, model_config, None)
+        return plan.show(cfg, model_config, stages.estimated_tokens(cfg))
     data = stages.find_data(cfg, stage, folder.parent)
     train, val = stages.datasets(cfg, data, stage)
     print(f"data       {data.path}: {train.summary()}" + (f"; validation {len(val.split):,} documents" if val else "; no validation documents"))
@@ -63,14 +63,14 @@ def main(given):
     if not stage.starts_from and not cfg.init:
         model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
     if cfg.dry_run:
-        return plan.show(cfg, model_config, train)
+        return plan.show(cfg, model_config, train.used)
     model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
     model.to(machine.device).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
     if saved:
         optimizer.load(saved[0])
-    plan.show(cfg, model.config, train, model)
+    plan.show(cfg, model.config, train.used, model)
 
     # 4. the loop
     if not saved:
@@ -104,7 +104,7 @@ class Trainer:
     def __init__(self, cfg, stage, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started):
         self.cfg, self.stage, self.machine, self.tokenizer, self.model, self.runner = cfg, stage, machine, tokenizer, model, runner
         self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
-        self.objective, self.steps = stage.objective(), plan.total_steps(cfg, train)
+        self.objective, self.steps = stage.objective(), plan.total_steps(cfg, train.rows)
         self.started = started - state["seconds"]  # the runs before this one count
         self.step_share, self.final_seconds = 0.0, 0.0
         self.stop_asked = False

@@ -81,8 +81,8 @@ class ModelConfig:
 
 
 PRESETS = {  # name: (model, run defaults that go with the size)
-    "nano": (ModelConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704,
-                         qk_norm=True), {}),
+    "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
+                         qk_norm=True), {}),  # 3.59M
     "small": (ModelConfig(), {}),  # 25.83M
     "base": (ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048, head_dim=96), {}),  # 104.03M
 }

@@ -12,38 +12,37 @@ from nanomind.data import IGNORE
 CHUNK = 2048  # rows of the vocabulary head that are computed at a time
 
 
-def chunk_nll(hidden, weight, labels):
-    """-log p(label) and log of the softmax's sum, both (n,), and the logits (n, V), all fp32. hidden: (n, C), weight: (V, C)."""
-    logits = (hidden @ weight.T).float()
-    log_z = logits.logsumexp(dim=-1)
-    return log_z - logits.gather(1, labels[:, None])[:, 0], log_z, logits
+def cross_entropy(labels):
+    """The rule of next-token prediction for HeadLoss: sum of -log p(label). labels: (N,) without IGNORE."""
+    def rule(logits, rows):
+        label = labels[rows, None]
+        log_z = logits.logsumexp(dim=-1, keepdim=True)
+        loss = (log_z - logits.gather(1, label)).sum()
+        p = logits.sub_(log_z).exp_()  # in place of the logits
+        return loss, p.scatter_add_(1, label, torch.full_like(log_z, -1.0))  # d loss / d logits = p - onehot
+    return rule
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum of cross_entropy(hidden @ weight.T, labels) that never holds all N x V logits.
+class HeadLoss(torch.autograd.Function):
+    """A loss of logits = hidden @ weight.T that never holds all N x V of them.
 
-    The head of a small model is most of its memory and a good part of its time. Going through the rows in chunks, each chunk's softmax is
-    used for the loss and at once for both gradients: d hidden = (p - onehot) weight, d weight = (p - onehot)^T hidden.
-    hidden: (N, C), weight: (V, C), labels: (N,) without IGNORE. Products in `dtype`, everything else in fp32.
+    The head of a small model is most of its memory and a good part of its time. Going through the rows in chunks, `rule(logits, rows)` gives
+    each chunk's summed loss and its gradient by the logits (n, V), which is used at once for d hidden = grad @ weight and
+    d weight = grad^T @ hidden. hidden: (N, C), weight: (V, C). Products in `dtype`, everything else in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype):
+    def forward(ctx, hidden, weight, rule, dtype):
         h, w = hidden.to(dtype), weight.to(dtype)
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if needed else None
-        grad_weight = torch.zeros_like(weight) if needed else None
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(h), CHUNK):
-            part, label = h[start:start + CHUNK], labels[start:start + CHUNK]
-            nll, log_z, logits = chunk_nll(part, w, label)
-            total += nll.sum()
-            if needed:
-                p = logits.sub_(log_z[:, None]).exp_()  # (n, V), in place of the logits
-                p[torch.arange(len(label), device=p.device), label] -= 1.0
-                p = p.to(dtype)
-                grad_hidden[start:start + CHUNK] = p @ w
-                grad_weight += p.T @ part
+            rows = slice(start, start + CHUNK)
+            loss, grad = rule((h[rows] @ w.T).float(), rows)
+            total += loss
+            grad = grad.to(dtype)
+            grad_hidden[rows] = grad @ w
+            grad_weight += grad.T @ h[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -51,6 +50,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None
+
+
+@torch.no_grad()
+def token_nll(hidden, weight, labels, dtype):
+    """-log p(label) of each row, (N,) fp32; no gradient."""
+    h, w = hidden.to(dtype), weight.to(dtype)
+    return torch.cat([torch.nn.functional.cross_entropy((part @ w.T).float(), label, reduction="none")
+                      for part, label in zip(h.split(CHUNK), labels.split(CHUNK))])
+
+
+def targets(model, batch):
+    """Run the model -> hidden states (N, C) and labels (N,) of the batch's targets, and their places in the flattened batch. Rows of tokens
+    without a target never reach the head."""
+    chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,)
+    return model(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen], batch.labels.flatten()[chosen], chosen
 
 
 def product_dtype(x):
@@ -64,19 +78,14 @@ class NextToken:
 
     def __call__(self, model, batch):
         """-> (sum of -log p over the batch's targets, {})."""
-        hidden = model(batch.tokens, batch.doc_ids)  # (B, T, C)
-        chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,): rows without a target never reach the head
-        hidden, labels = hidden.flatten(0, 1)[chosen], batch.labels.flatten()[chosen]
-        return LinearCrossEntropy.apply(hidden, model.lm_head.weight, labels, product_dtype(hidden)), {}
+        hidden, labels, _ = targets(model, batch)
+        return HeadLoss.apply(hidden, model.lm_head.weight, cross_entropy(labels), product_dtype(hidden)), {}
 
     @torch.no_grad()
     def validate(self, model, batch):
         """-> sums: loss and targets, and per language nats and UTF-8 bytes of the targets that stand for text (special tokens have no bytes)."""
-        hidden = model(batch.tokens, batch.doc_ids).flatten(0, 1)
-        chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]
-        labels, dtype = batch.labels.flatten()[chosen], product_dtype(hidden)
-        weight = model.lm_head.weight.to(dtype)
-        nll = torch.cat([chunk_nll(hidden[part].to(dtype), weight, batch.labels.flatten()[part])[0] for part in chosen.split(CHUNK)])
+        hidden, labels, chosen = targets(model, batch)
+        nll = token_nll(hidden, model.lm_head.weight, labels, product_dtype(hidden))
         sums = {"loss": nll.sum(), "targets": torch.tensor(float(len(labels)))}
         sizes, language = batch.label_bytes.flatten()[chosen], batch.language.flatten()[chosen]
         for index, name in enumerate(batch.languages):

@@ -7,32 +7,30 @@ import math
 import sys
 
 
-def total_steps(cfg, train):
-    """Steps that --steps, --tokens or --epochs ask for; None when only the clock ends the run."""
-    rows = cfg.batch_size * cfg.accumulate
+def total_steps(cfg, rows):
+    """Steps that --steps, --tokens or --epochs ask for, over data of so many rows; None when only the clock ends the run."""
+    per_step = cfg.batch_size * cfg.accumulate
     if cfg.steps:
         return cfg.steps
     if cfg.tokens:
-        return max(1, math.ceil(cfg.tokens / (rows * cfg.seq_len)))
+        return max(1, math.ceil(cfg.tokens / (per_step * cfg.seq_len)))
     if cfg.epochs or not cfg.time_limit:
-        return max(1, math.ceil((cfg.epochs or 1) * train.rows / rows))
+        return max(1, math.ceil((cfg.epochs or 1) * rows / per_step))
     return None
 
 
-def show(cfg, model_config, train, model=None):
-    """The first lines of a run, and all of --dry-run: parameters, length, memory."""
+def show(cfg, model_config, available, model=None):
+    """Print parameters, length and memory: the first lines of a run, and all of --dry-run. available: tokens in the data (without a model: about)."""
     total = model_config.parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if model else total
     print(f"model      {cfg.preset}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.2f}M trainable; {model_config.num_hidden_layers} "
           f"layers of {model_config.hidden_size}, vocabulary {model_config.vocab_size}")
     tokens = cfg.batch_size * cfg.accumulate * cfg.seq_len
-    if train is None:
-        print("length     the data is not prepared yet: a run prepares it first")
-    else:
-        steps = total_steps(cfg, train)
-        length = [f"{steps:,} steps, {steps * tokens / 1e6:.1f}M tokens, {steps * tokens / train.used:.2f} epochs"] if steps else []
-        length += [f"{cfg.time_limit:g} minutes"] if cfg.time_limit else []
-        print(f"length     {' or '.join(length)}; {tokens:,} tokens a step ({cfg.accumulate} x {cfg.batch_size} rows of {cfg.seq_len})")
+    steps = total_steps(cfg, available / cfg.seq_len)
+    length = [f"{steps:,} steps, {steps * tokens / 1e6:.1f}M tokens, {steps * tokens / available:.2f} epochs"] if steps else []
+    length += [f"{cfg.time_limit:g} minutes"] if cfg.time_limit else []
+    print(f"length     {' or '.join(length)}; {tokens:,} tokens a step ({cfg.accumulate} x {cfg.batch_size} rows of {cfg.seq_len}), "
+          f"{'' if model else 'about '}{available / 1e6:.1f}M tokens in the data")
     print(f"memory     about {memory_estimate(cfg, model_config) / 2**20:,.0f} MB for weights, gradients, optimiser and activations")
 
 

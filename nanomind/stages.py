@@ -15,9 +15,11 @@ from nanomind.checkpoint import load_model
 from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
 from nanomind.objectives import NextToken
+from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 
 BUILTIN_MINUTES = 4.0  # a run on the built-in corpus without a length ends after this
+BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ STAGES = {
 def data_is_ready(cfg):
     """Is there a data folder already, so that a dry run need not make one?"""
     return bool(cfg.data) and (Path(cfg.data) / "meta.json").is_file()
+
+
+def estimated_tokens(cfg):
+    """About how many tokens the raw files of a run will give (3.5 bytes of text make a token, a compressed byte holds four), for a dry run."""
+    if not cfg.data:
+        return BUILTIN_TOKENS
+    return sum(file.stat().st_size * (4 if file.suffix in (".gz", ".xz") else 1) for file in find_files(cfg.data.split(","))) / 3.5
 
 
 def find_data(cfg, stage, run_folder):

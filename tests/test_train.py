@@ -17,9 +17,9 @@ import train
 from conftest import ROOT
 from nanomind import bins, checkpoint, optim, plan
 from nanomind.config import ModelConfig, TrainConfig, load_preset, parse_flags, settle
-from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
-from nanomind.objectives import IGNORE, LinearCrossEntropy, NextToken
+from nanomind.data import IGNORE, PackedTokens
+from nanomind.objectives import HeadLoss, NextToken, cross_entropy, token_nll
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_fused_loss_equals_torch(rows, dtype):
     hidden, weight = torch.randn(rows, 24), torch.randn(333, 24) * 0.3
     labels = torch.randint(0, 333, (rows,))
     found, expected = [], []
-    for results, function in ((found, lambda h, w: LinearCrossEntropy.apply(h, w, labels, dtype)),
+    for results, function in ((found, lambda h, w: HeadLoss.apply(h, w, cross_entropy(labels), dtype)),
                               (expected, lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, labels, reduction="sum"))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = function(h, w)
@@ -91,6 +91,7 @@ def test_fused_loss_equals_torch(rows, dtype):
     precise = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.05 * max(1, rows) ** 0.5, rtol=0.03)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, **precise)
+    torch.testing.assert_close(token_nll(hidden, weight, labels, dtype).sum(), expected[0], **precise)
 
 
 def test_schedule():
@@ -171,7 +172,7 @@ def test_number_of_steps(here, fast):
     rows = PackedTokens(folder.train, folder.tokenizer, 32, 2)
     given = {name: value for name, value in fast.items() if name != "steps"} | {"accumulate": 4}
     cfg, _ = settle({**given, "epochs": 20 / rows.rows})
-    assert plan.total_steps(cfg, rows) == 3
+    assert plan.total_steps(cfg, rows.rows) == 3
     kept = {}
     real = checkpoint.save
     try:
