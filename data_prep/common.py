@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from nanomind.records import Reader, find_files
 
 VAL_SHARE = 0.01
-BATCH = 1_000_000  # characters handed to a worker at a time
+BATCH = 2_000_000  # characters handed to a worker at a time
 MOST_WORKERS = 8  # unless told otherwise: one process reads for all of them, and each needs memory
 SMALL = 4_000_000  # bytes of input for which it is not worth to start processes
 
@@ -78,7 +78,7 @@ def _batches(kind, readers, val_share, characters):
     for source, reader in readers.items():
         waiting, sizes = {"train": [], "val": []}, Counter()
         for key, item, size in importlib.import_module(f"data_prep.{kind}").items(reader):
-            split = "val" if source == "val" or _share(key) < val_share else "train"
+            split = "val" if source == "val" or val_share and _share(key) < val_share else "train"
             waiting[split].append(item)
             sizes[split] += size
             characters[split] += size
