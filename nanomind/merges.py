@@ -138,12 +138,12 @@ def group_positions(flat, wanted, tick=lambda n: None):
     places = ends - numbers
     positions = np.empty(int(ends[-1]), position_type(flat))
     for begin, pairs in _byte_pairs(flat, tick):
-        order = np.argsort(pairs, kind="stable")  # 16-bit keys: a radix sort
-        pairs = pairs[order]
-        chosen = wanted[pairs]
-        pairs, order = pairs[chosen], order[chosen]
+        chosen = wanted.take(pairs).nonzero()[0]
+        pairs = pairs.take(chosen)
+        order = pairs.argsort(kind="stable")  # 16-bit keys: a radix sort
+        pairs = pairs.take(order)
         found = np.bincount(pairs, minlength=1 << 16)
-        positions[(places - np.cumsum(found) + found)[pairs] + np.arange(len(pairs))] = order + begin
+        positions[(places - np.cumsum(found) + found).take(pairs) + np.arange(len(pairs))] = chosen.take(order) + begin
         places += found
     for pair in np.flatnonzero(numbers).tolist():
         yield pair >> 8, pair & 255, positions[ends[pair] - numbers[pair]:ends[pair]]
