@@ -144,7 +144,7 @@ class Trainer:
         from tqdm import tqdm
         state, cfg = self.state, self.cfg
         if state["step"] == 0:
-            self.final_seconds = 6 * self.evaluate(cfg.eval_tokens)  # the last one is four times as long, and then it saves
+            self.evaluate(cfg.eval_tokens)
         elif self.progress() >= 1:
             return print(f"already finished: {state['step']} steps; a longer --steps, --tokens, --epochs or --time-limit goes on")
         bar = tqdm(total=self.steps, initial=state["step"], disable=None, unit="step", dynamic_ncols=True)
@@ -212,9 +212,9 @@ class Trainer:
         return max((self.state["step"] + 1) / self.steps if self.steps else 0.0, begin + self.step_share if self.cfg.time_limit else 0.0)
 
     def evaluate(self, tokens):
-        """Validate, print and log. -> seconds it took."""
+        """Validate, print and log."""
         if self.val is None:
-            return 0.0
+            return
         began = time.monotonic()
         self.model.eval()
         sums = {}
@@ -226,7 +226,7 @@ class Trainer:
         record = {"step": self.state["step"], **self.objective.summary(sums)}
         self.log.write(record)
         print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
-        return time.monotonic() - began
+        self.final_seconds = 5 * (time.monotonic() - began)  # room for the last one, four times as long, and the save behind it
 
     def sample(self):
         """Print what the model writes now."""

@@ -24,7 +24,7 @@ from nanomind.records import Reader, find_files
 VAL_SHARE = 0.01
 BATCH = 2_000_000  # characters handed to a worker at a time
 MOST_WORKERS = 8  # unless told otherwise: one process reads for all of them, and each needs memory
-SMALL = 4_000_000  # bytes of input for which it is not worth to start processes
+SMALL = 24_000_000  # bytes of input for which it does not pay to start processes, each of which imports what its parent did
 
 
 def command(kind, description):

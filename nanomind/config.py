@@ -160,7 +160,7 @@ class TrainConfig:
     # what is seen on the way
     log_every: int = knob(10, "steps between two log lines")
     eval_every: int = knob(0, "steps between two validations; 0: ten in a run")
-    eval_tokens: float = knob(65536.0, "tokens in a validation; the one at the end uses four times as many")
+    eval_tokens: float = knob(16384.0, "tokens in a validation; the one at the end uses four times as many")
     save_every: int = knob(0, "steps between two saves; 0: with every validation")
     dry_run: bool = knob(False, "print the plan and stop")
     show_batch: bool = knob(False, "print a table of tokens, labels, documents and mask of the first row and stop")
