@@ -81,13 +81,26 @@ def count_words(reader, pattern, limit, log):
     cutter, table = Cutter(pattern), WordTable()
     with progress_bar("reading and pre-tokenising", reader.total_bytes, "B") as bar:
         reader.progress = bar.update
-        for batch in batches(text for _, text in reader.texts()):
-            table.add(cutter.cut(batch))
+        for cut in one_ahead(cutter.cut, batches(text for _, text in reader.texts())):
+            table.add(cut)
             while memory_needed(table.size, table.n_bytes) > limit:
                 table.thin(table.level + 1)
                 log(f"the memory limit is reached ({limit / GB:.1f} GB): from here on one of {2 ** table.level} rare words stands for all; "
                     "the merges will differ a little from those of the whole text (a larger --memory avoids that)")
     return table
+
+
+def one_ahead(function, items):
+    """map(function, items), the next one already under way in a thread while the caller works with this one."""
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool:
+        running = None
+        for item in items:
+            running, done = pool.submit(function, item), running
+            if done:
+                yield done.result()
+        if running:
+            yield running.result()
 
 
 def memory_needed(n_words, n_bytes):

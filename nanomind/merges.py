@@ -113,27 +113,26 @@ def _byte_pairs(flat, tick=lambda n: None):
         tick(len(part) - 1)
 
 
-def count_byte_pairs(flat, block_counts, tick=lambda n: None):
-    """How often each of the 65,536 pairs of bytes occurs in the corpus (pairs with a separator: 0)."""
-    counts = np.zeros(1 << 16)
+def count_byte_pairs(flat, block_counts=None, tick=lambda n: None):
+    """How often each of the 65,536 pairs of bytes stands in `flat`, and (if block_counts is given) in the corpus; with a separator: 0."""
+    numbers, counts = np.zeros(1 << 16, np.int64), np.zeros(1 << 16)
     for begin, pairs in _byte_pairs(flat, tick):
-        blocks = block_counts[begin // BLOCK:-(-(begin + len(pairs)) // BLOCK)]
-        if blocks[0] == blocks[-1]:  # they are sorted: all words in this chunk are equally frequent
-            counts += np.bincount(pairs, minlength=1 << 16) * blocks[0]
-        else:
-            counts += np.bincount(pairs, np.repeat(blocks, BLOCK)[:len(pairs)], minlength=1 << 16)
-    counts[SEPARATOR << 8:] = counts[SEPARATOR::256] = 0
-    return counts
+        found = np.bincount(pairs, minlength=1 << 16)
+        numbers += found
+        if block_counts is not None:
+            blocks = block_counts[begin // BLOCK:-(-(begin + len(pairs)) // BLOCK)]
+            same = blocks[0] == blocks[-1]  # they are sorted: all words in this chunk are equally frequent
+            counts += found * blocks[0] if same else np.bincount(pairs, np.repeat(blocks, BLOCK)[:len(pairs)], minlength=1 << 16)
+    for array in (numbers, counts):
+        array[SEPARATOR << 8:] = array[SEPARATOR::256] = 0
+    return numbers, counts
 
 
-def group_positions(flat, wanted, tick=lambda n: None):
-    """Positions of the wanted pairs of bytes (bool, 65,536): yields (left byte, right byte, ascending positions).
+def group_positions(flat, numbers, tick=lambda n: None):
+    """Positions of those pairs of bytes whose number is not 0: yields (left byte, right byte, ascending positions).
 
-    Counting sort: count per pair, then write each position to the next free place of its pair."""
-    numbers = np.zeros(1 << 16, np.int64)
-    for _, pairs in _byte_pairs(flat):
-        numbers += np.bincount(pairs, minlength=1 << 16)
-    numbers[~wanted] = 0
+    Counting sort: write each position to the next free place of its pair."""
+    wanted = numbers > 0
     ends = np.cumsum(numbers)
     places = ends - numbers
     positions = np.empty(int(ends[-1]), position_type(flat))
@@ -181,8 +180,8 @@ def _learn(flat, block_counts, n_merges, threshold, bar):
     ids = np.array([*byte_order()[:255], 0], kind)
     heap = []
     with bar("counting pairs", 2 * len(flat)) as counting:
-        counts = count_byte_pairs(flat, block_counts, counting.update)
-        for left, right, at in group_positions(flat, counts >= threshold, counting.update):
+        numbers, counts = count_byte_pairs(flat, block_counts, counting.update)
+        for left, right, at in group_positions(flat, np.where(counts >= threshold, numbers, 0), counting.update):
             heap.append((-int(counts[left << 8 | right]), int(ids[left]), int(ids[right]), at))
     heapq.heapify(heap)
     S = ids[flat]

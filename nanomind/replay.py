@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanomind.merges import SEPARATOR, group_positions, position_type, without_overlaps, write
+from nanomind.merges import SEPARATOR, count_byte_pairs, group_positions, position_type, without_overlaps, write
 from nanomind.pretokenize import Cutter, WordTable, batches
 
 GAP = -2  # in S where a separator stands
@@ -96,9 +96,10 @@ def replay(flat, plan, live):
     """Carry out all merges on `flat`; `live` (bool, True at the bytes of words) stays True where a token starts. Returns the array that
     holds the id of the token at each of these places."""
     S, lengths, buckets = plan.byte_ids[flat], plan.lengths, {}
-    wanted = np.zeros(1 << 16, bool)
-    wanted[list(plan.first)] = True
-    for left, right, at in group_positions(flat, wanted):
+    numbers = np.zeros(1 << 16, np.int64)
+    wanted = list(plan.first)
+    numbers[wanted] = count_byte_pairs(flat)[0][wanted]
+    for left, right, at in group_positions(flat, numbers):
         buckets[plan.first[left << 8 | right]] = [at]
     table = np.full(len(lengths) + 2, -1)  # rank of the merge with this neighbour; -1, also for GAP and DEAD: none
     small = position_type(flat)
