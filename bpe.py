@@ -14,7 +14,7 @@ from pathlib import Path
 from nanomind.cli import run
 
 GB = 1e9
-BASE_MEMORY, WORD_MEMORY, BYTE_MEMORY = 0.3 * GB, 60, 11  # measured peak: interpreter, per different word, per byte of these
+BASE_MEMORY, WORD_MEMORY, BYTE_MEMORY = 0.2 * GB, 60, 11  # measured peak: interpreter, per different word, per byte of these
 SAMPLES = {
     "Chinese": "人工智能是研究、开发用于模拟、延伸和扩展人的智能的理论、方法、技术及应用系统的一门新的技术科学。它的目标是让机器像人一样"
                "思考，能看、能听、能说、能写。今天，人们用手机就可以和它聊天，问它问题，请它写一首关于春天的诗。",
@@ -79,7 +79,7 @@ def count_words(reader, pattern, limit, log):
     """Read all texts, cut them, and count the different words. Where they would not fit, thin out the rare ones."""
     from nanomind.pretokenize import Cutter, WordTable, batches
     cutter, table = Cutter(pattern), WordTable()
-    with progress_bar("reading and pre-tokenising", reader.total_bytes, "B") as bar:
+    with progress_bar("reading and pre-tokenising", reader.total_bytes) as bar:
         reader.progress = bar.update
         for cut in one_ahead(cutter.cut, batches(text for _, text in reader.texts())):
             table.add(cut)
@@ -118,9 +118,10 @@ def free_memory():
         return pages // 2
 
 
-def progress_bar(phase, total, unit="it"):
+def progress_bar(phase, total):
+    """A bar over so many bytes, or over 100 percent."""
     from tqdm import tqdm
-    return tqdm(total=total, desc=phase, unit=unit, unit_scale=True, disable=None)
+    return tqdm(total=total, desc=phase, unit="%" if total == 100 else "B", unit_scale=True, disable=None)
 
 
 def readable(data):
