@@ -82,7 +82,7 @@ class ModelConfig:
 
 PRESETS = {  # name: (model, run defaults that go with the size)
     "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
-                         qk_norm=True), {}),  # 3.59M
+                         qk_norm=True), {"batch_size": 4}),  # 3.59M
     "small": (ModelConfig(), {}),  # 25.83M
     "base": (ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048, head_dim=96), {}),  # 104.03M
 }

@@ -24,7 +24,7 @@ def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + D/2]), the half-split pairing of Hugging Face. x: (B, T, heads, D)."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1)
 
 
 def attention_mask(T, doc_ids, S, dtype, device):
@@ -75,6 +75,26 @@ class KVCache:
         return self.doc_ids[:, :self.length + T]
 
 
+class NormFunction(torch.autograd.Function):
+    """x s w with s = 1 / rms(x), in fp32. Written out because autograd's own way through it takes twice the passes over memory and keeps
+    more for the backward pass: d x = s g w - x s^3 (x . g w) / C, d w = sum over rows of g x s."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.size(-1)).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (h * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        h, g = x.float(), grad.float()
+        rows = (g * h).flatten(0, -2)  # (n, C)
+        inner = (rows @ weight).view_as(scale) * scale.pow(3) / h.size(-1)
+        return (g * weight).mul_(scale).addcmul_(h, inner, value=-1).to(x.dtype), scale.flatten() @ rows, None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 whatever the precision of the run (arXiv:1910.07467, eq. 4)."""
 
@@ -83,7 +103,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return NormFunction.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -113,6 +133,20 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Written out so that only gate and up are kept for the backward pass, and silu is computed again there."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
@@ -123,7 +157,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

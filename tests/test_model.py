@@ -171,3 +171,28 @@ def test_norms_and_losses_stay_fp32_under_autocast():
     assert kinds == {"q_proj": torch.bfloat16, "input_layernorm": torch.float32} and loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_hand_written_gradients_equal_autograd(dtype):
+    """RMSNorm and SwiGLU have a backward pass of their own, for speed and memory: values and gradients must be those of the plain formulas."""
+    import torch.nn.functional as F
+    from nanomind.model import RMSNorm, SwiGLU
+    torch.manual_seed(0)
+    norm, (x, y, grad) = RMSNorm(24, 1e-5), (torch.randn(3, 5, 24).to(dtype) for _ in range(3))
+    with torch.no_grad():
+        norm.weight.normal_()
+    exact = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)  # half a step of bf16 or two
+    for function, plain in ((lambda a, b: norm(a), lambda a, b: F.rms_norm(a, (24,), norm.weight, 1e-5)), (SwiGLU.apply, lambda a, b: F.silu(a) * b)):
+        results = []
+        for f, kind in ((function, dtype), (plain, torch.float32)):
+            a, b = x.to(kind).detach().clone().requires_grad_(), y.to(kind).detach().clone().requires_grad_()
+            norm.weight.grad = None
+            out = f(a, b)
+            assert out.dtype == kind
+            out.backward(grad.to(kind))
+            results.append([out, a.grad, b.grad, norm.weight.grad])
+        for ours, theirs in zip(*results):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours.float(), theirs, **exact)
