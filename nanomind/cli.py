@@ -1,6 +1,6 @@
 """Turns a `main()` into a command: what a user did wrong becomes one line on stderr, never a traceback.
 In: a function without arguments that may raise ValueError or OSError. Out: the exit code (0 fine, 2 user error, 130 Ctrl-C).
-Next: config.py
+Next: nanomind/config.py
 """
 
 import os

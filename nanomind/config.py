@@ -1,6 +1,6 @@
 """The knobs: what a model is made of (ModelConfig) and how a run is done (TrainConfig).
 In: a preset name, a config.json, command-line flags. Out: two frozen dataclasses; a field is a flag, a default and a help line.
-Next: records.py
+Next: nanomind/records.py
 """
 
 import argparse

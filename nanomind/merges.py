@@ -1,7 +1,7 @@
 """Learns the merges of byte-level BPE: first the algorithm itself in two tiny functions, then the same result a thousand times faster.
 In: the different words of a corpus and how often each occurs. Out: the merges, a list of (left, right) byte strings in order, equal to
 those of Hugging Face `tokenizers` (ties included: of two pairs equally frequent the one with the smaller ids wins).
-Next: replay.py
+Next: nanomind/replay.py
 """
 
 import heapq

@@ -1,6 +1,6 @@
 """What is minimised: the only place where the stages differ in mathematics.
 In: the model and a batch. Out: a SUM over the batch's targets, and metrics that are sums too; the loop divides, once.
-Next: optim.py
+Next: nanomind/optim.py
 """
 
 import math

@@ -1,6 +1,6 @@
 """Optimisers and the learning-rate curve.
 In: a model with gradients, a position in the run. Out: changed weights, and state that can be saved and restored by parameter name.
-Next: checkpoint.py
+Next: nanomind/checkpoint.py
 """
 
 import torch

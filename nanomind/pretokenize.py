@@ -1,7 +1,7 @@
 """Cuts a corpus into pre-tokens ("words") and counts the different ones, with numpy instead of a regular expression per text.
 In: texts and the name of a pattern ("gpt2" or "gpt4"), or any function text -> pre-tokens. Out: `Cut`: the bytes, the word bounds and
 a 64-bit hash per word; `WordTable`: every different word once, with how often it was seen.
-Next: merges.py
+Next: nanomind/merges.py
 
 Both patterns are local: whether a word starts at a character depends on the classes (letter, number, blank ...) of its neighbours and
 of the ends of the runs around it. So the starts of a million characters come from a few comparisons of whole arrays.

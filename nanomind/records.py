@@ -1,7 +1,7 @@
 """Reads raw data: .txt, .jsonl and .json files, each also as .gz or .xz, one record at a time in bounded memory.
 In: files or folders as a user types them. Out: (where, record) pairs, where = "file:line" and record = a dict; what cannot
 be used is counted, shown as file:line with a reason and skipped, and too large a share of it is an error.
-Next: tokenizer.py
+Next: nanomind/tokenizer_json.py
 """
 
 import codecs

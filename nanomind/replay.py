@@ -1,6 +1,6 @@
 """Encodes a corpus: replays the merges in order over all different words at once, with numpy.
 In: a Tokenizer and a list of texts. Out: the ids of all texts in a row (those that Tokenizer.encode gives) and where each text starts.
-Next: tokenizer.py
+Next: nanomind/word_encoder.py
 
 The same flat array `S` as in merges.py. Each merge has a bucket of positions where its pair was seen; buckets are emptied in the order of
 the merges, and the tokens this makes put new positions into later buckets (never into earlier ones: a token is older than the pairs it

@@ -1,6 +1,6 @@
 """The table: what each stage trains on, what it starts from, how it is built, what it minimises.
 In: a TrainConfig. Out: a row of STAGES, and the three things a run needs made from it: data folder, model, objective.
-Next: ../train.py
+Next: nanomind/plan.py
 """
 
 import hashlib

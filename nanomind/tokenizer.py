@@ -1,7 +1,7 @@
 """Text to token ids and back, and chats to ids with their loss mask: everything that touches a trained tokenizer.
 In: a folder with tokenizer.json (made by bpe.py, or that of another byte-level BPE model). Out: ids that are equal to those of
 Hugging Face `tokenizers` for every text, and text again, byte for byte.
-Next: ../bpe.py
+Next: bpe.py
 """
 
 import codecs

@@ -1,7 +1,7 @@
 """The file format: builds a `tokenizer.json` of our own, and reads the parts of anybody's that byte-level BPE needs.
 In: the JSON object of Hugging Face `tokenizers` (GPT-2, Qwen, Llama-3 and relatives). Out: a vocabulary over bytes, the merges in
 order, the added tokens and a function that cuts text into pre-tokens; an unsupported part is refused by name, never ignored.
-Next: word_encoder.py
+Next: nanomind/pretokenize.py
 """
 
 import re

@@ -1,6 +1,6 @@
 """Encodes one pre-token ("word") at a time, for prompts and servers: exact BPE without paying for BPE each time.
 In: the ids of the bytes and the merges of a tokenizer; then words. Out: the ids of a word.
-Next: pretokenize.py
+Next: nanomind/tokenizer.py
 """
 
 import heapq

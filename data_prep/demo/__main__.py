@@ -1,6 +1,6 @@
 """Command line of the demo world: `python -m data_prep.demo --out data/demo-raw`.
 In: flags. Out: DIR/pretrain.jsonl, one {"text": ...} object a line, ready for bpe.py and data_prep.text.
-Next: pretrain.py
+Next: nanomind/data.py
 """
 
 import argparse

@@ -12,7 +12,7 @@ line is a fact.
     法国 | 巴黎 | France | Paris                   a fact; two columns: Chinese only; `-` where a language lacks it
     美国/美利坚合众国 | ...                        `/` separates names of the same thing, the usual one first
 
-Next: pretrain.py
+Next: data_prep/demo/pretrain.py
 """
 
 from pathlib import Path
