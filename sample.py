@@ -51,6 +51,8 @@ def main():
     print(f"{folder}: {model.config.parameters() / 1e6:.2f}M parameters, {machine}", file=sys.stderr)
     writer = Writer(model, tokenizer, sampling, args.max_new_tokens)
     if args.prompt is not None:
+        if args.prompt == "" and tokenizer.begin is None:
+            raise ValueError("--prompt is empty, and this model needs at least one token to start from")
         writer.show(sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt)
     elif args.auto or not sys.stdin.isatty() or input("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
         for prompt in PROMPTS:
@@ -78,7 +80,7 @@ class Writer:
 
     def show(self, prompt):
         """Print the prompt and, token by token, its continuation."""
-        ids = ([] if self.tokenizer.end_of_text is None else [self.tokenizer.end_of_text]) + self.tokenizer.encode(prompt)
+        ids = ([] if self.tokenizer.begin is None else [self.tokenizer.begin]) + self.tokenizer.encode(prompt)
         print(prompt, end="", flush=True)
         text, count, began = self.tokenizer.stream(), 0, time.monotonic()
         for (token,) in self.steps(ids):

@@ -30,6 +30,7 @@ class Tokenizer:
 
     vocab_size    largest id + 1
     special       {text: id} of the control tokens; end_of_text, im_start, im_end, image_pad: the id or None
+    begin         the id that opens a text (ours: that of <|endoftext|>), None where a model wants none
     token_bytes   for every id the bytes it stands for, b"" for a control token
     merges        [(left id, right id, new id)] in order; byte_ids: the ids of the bytes 0..255
     hash          changes when an encoding could change, not with the formatting of the file
@@ -47,9 +48,10 @@ class Tokenizer:
         self._matchers = [self._matcher(normalized) for normalized in (False, True)]
         self.encode_word = WordEncoder(self.byte_ids, self.merges, self.token_bytes, ignore_merges)
         self._corpus_encoder = None
-        eos = self.config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        self.end_of_text = self.special.get(SPECIALS[0], self.special.get(eos))
+        begin, end = (token.get("content") if isinstance(token, dict) else token
+                      for token in (self.config.get("bos_token"), self.config.get("eos_token")))
+        self.end_of_text = self.special.get(SPECIALS[0], self.special.get(end))
+        self.begin = self.special.get(begin)
         self.im_start, self.im_end = (self.special.get(text) for text in SPECIALS[1:])
         self.image_pad = self.special.get(IMAGE_PAD)
 

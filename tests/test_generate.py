@@ -186,3 +186,32 @@ def test_help_is_quick():
         began = time.monotonic()
         assert subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True).returncode == 0
         assert time.monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen3"))
+def test_folders_of_other_projects(kind, tmp_path):
+    """A folder saved by transformers, with a tokenizer trained by `tokenizers` (GPT-2 style, other special tokens, no start token), must write the
+    greedy text that transformers writes."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from conftest import sentences
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.train_from_iterator(sentences(200), trainers.BpeTrainer(vocab_size=350, special_tokens=["</s>"], show_progress=False,
+                                                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    shape = dict(vocab_size=350, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                 max_position_embeddings=64, tie_word_embeddings=kind == "qwen3", initializer_range=0.3)
+    torch.manual_seed(0)
+    config, model = ((transformers.LlamaConfig, transformers.LlamaForCausalLM) if kind == "llama" else (transformers.Qwen3Config, transformers.Qwen3ForCausalLM))
+    theirs = model(config(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    prompt = "天地玄黄"
+    ids = fast(prompt, return_tensors="pt")["input_ids"]
+    found = theirs.generate(ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)[0, ids.size(1):].tolist()
+    found = found[:found.index(0)] if 0 in found else found
+    result = sample(["--ckpt", tmp_path, "--prompt", prompt, "--temperature", 0, "--repetition-penalty", 1, "--max-new-tokens", 12], tmp_path)
+    assert result.returncode == 0, result.stderr
+    from nanomind.tokenizer import Tokenizer as Ours
+    assert result.stdout == prompt + Ours.load(tmp_path).decode(found) + "\n"
