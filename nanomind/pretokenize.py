@@ -188,8 +188,9 @@ def hash_words(data, bounds):
     while len(at):
         mixed = eight[at] & low_bytes[np.minimum(left, 8)]
         mixed ^= hashes if words is None else hashes[words]
+        mixed ^= mixed >> np.uint64(32)  # a product carries upwards only: without this a last byte that differs would hardly be mixed
         mixed *= prime
-        mixed ^= mixed >> np.uint64(32)
+        mixed ^= mixed >> np.uint64(29)
         if words is None:
             hashes = mixed
         else:
