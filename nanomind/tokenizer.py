@@ -90,11 +90,13 @@ class Tokenizer:
             return cls(_read_json(file), _read_json(config) if config.is_file() else None)
         except ValueError as problem:
             raise ValueError(f"{file.parent}/{problem}" if str(problem).startswith("tokenizer.json") else problem) from None
+        except (KeyError, TypeError, AttributeError, IndexError, regex.error) as problem:
+            raise ValueError(f"{file}: not built like a tokenizer.json ({type(problem).__name__}: {problem})") from None
 
     def save(self, folder):
         """Write tokenizer.json (as `tokenizers` would, to the byte) and tokenizer_config.json; each appears whole or not at all."""
-        write_whole(Path(folder) / "tokenizer.json", json.dumps(self.spec, ensure_ascii=False, indent=2))
         write_whole(Path(folder) / "tokenizer_config.json", json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
+        write_whole(Path(folder) / "tokenizer.json", json.dumps(self.spec, ensure_ascii=False, indent=2))  # last: it makes the folder one
 
     @property
     def hash(self):

@@ -127,6 +127,18 @@ def test_an_unsupported_file_is_refused_by_name(ours, tmp_path, path, value, nam
     assert named in str(problem.value) and "tokenizer.json" in str(problem.value) and "\n" not in str(problem.value)
 
 
+@pytest.mark.parametrize("path, value", [
+    (["added_tokens"], [5]), (["added_tokens", 0], {"id": 0}), (["pre_tokenizer"], {"type": "Sequence"}), (["normalizer"], "NFC"), (["decoder"], "x"),
+    (["model", "vocab", "a"], "x"), (["model", "vocab", "a"], -70_000), (["model", "merges"], 5),
+    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated"}, {"type": "ByteLevel"}]})])
+def test_a_damaged_file_is_one_clear_line(ours, tmp_path, path, value):
+    """A file edited by hand or by another program ended in a traceback from the middle of the reader."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(change(ours.spec, path, value)))
+    with pytest.raises(ValueError, match="tokenizer.json") as problem:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(problem.value)
+
+
 def test_a_missing_or_broken_file_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="bpe.py train"):
         Tokenizer.load(tmp_path)
