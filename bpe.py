@@ -43,6 +43,8 @@ def main():
     args = parser.parse_args()
     if args.command == "show":
         return print_split(args.folder, args.text)
+    if Path(args.out).exists() and not Path(args.out).is_dir():  # said now, not when the work is done
+        raise ValueError(f"{args.out}: this is a file; --out needs the name of a folder")
     tokenizer = train(args.files, args.vocab_size, args.pattern, args.min_frequency, args.image_token, args.memory, args.max_bad, log=print)
     tokenizer.save(args.out)
     write_listing(tokenizer, Path(args.out) / "vocab.txt")
@@ -58,9 +60,11 @@ def train(files, vocab_size=6400, pattern="gpt2", min_frequency=0, image_token=F
     n_merges = vocab_size - 256 - len(specials)
     if n_merges < 0:
         raise ValueError(f"--vocab-size {vocab_size} is too small: {len(specials)} special tokens + 256 bytes need at least {256 + len(specials)}")
-    limit = memory * GB if memory else free_memory()
-    if limit < 2 * BASE_MEMORY:
+    limit = free_memory() if memory is None else memory * GB
+    if not limit >= 2 * BASE_MEMORY:  # "not": nan is too little, too
         raise ValueError(f"--memory {limit / GB:.2f} is too little: {2 * BASE_MEMORY / GB:.1f} GB is the least this needs")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"--max-bad {max_bad:g}: expected a share from 0 to 1")
     reader = Reader(files, max_bad)
     size = sum(path.stat().st_size * (4 if path.suffix in (".gz", ".xz") else 1) for path in reader.files)
     log(f"{len(reader.files)} files, about {size / GB:.3f} GB of text: will use up to {memory_needed(size / 15, size) / GB:.1f} GB of memory"
@@ -85,6 +89,8 @@ def count_words(reader, pattern, limit, log):
             table.add(cut)
             while memory_needed(table.size, table.n_bytes) > limit:
                 table.thin(table.level + 1)
+                if table.level > 20 or not table.size:
+                    raise ValueError(f"--memory {limit / GB:.2f} is too little for this text: its frequent or very long words alone need more")
                 log(f"the memory limit is reached ({limit / GB:.1f} GB): from here on one of {2 ** table.level} rare words stands for all; "
                     "the merges will differ a little from those of the whole text (a larger --memory avoids that)")
     return table

@@ -167,8 +167,20 @@ def test_too_few_pairs_and_impossible_sizes_are_said(tmp_path):
     assert tokenizer.vocab_size == 259 + 3 and any("only 3 merges" in line for line in lines)
     with pytest.raises(ValueError, match="at least 259"):
         bpe.train([path], 100)
-    with pytest.raises(ValueError, match="--memory"):
-        bpe.train([path], 6400, memory=0.01)
+    for memory in (0.01, 0, float("nan")):
+        with pytest.raises(ValueError, match="--memory"):
+            bpe.train([path], 6400, memory=memory)
+    with pytest.raises(ValueError, match="--max-bad 7"):
+        bpe.train([path], 6400, max_bad=7)
+
+
+@pytest.mark.parametrize("text", ["天地玄黄宇宙洪荒" * 40_000, ("abcdefgh" * 400 + "\n") * 40], ids=["one long word", "a frequent word"])
+def test_memory_that_does_not_hold_the_frequent_words_is_an_error(tmp_path, monkeypatch, text):
+    """Words that must stay cannot be thinned out: the trainer did so until a number overflowed, or learnt no merge from an emptied table."""
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(bpe, "BASE_MEMORY", 0)
+    with pytest.raises(ValueError, match="too little for this text"):
+        bpe.train([tmp_path / "text.txt"], 400, memory=2e-5)
 
 
 def test_command_line(corpus, tmp_path, capsys, monkeypatch):
