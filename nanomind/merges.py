@@ -158,6 +158,7 @@ def train(flat, block_counts, n_merges, min_frequency=0, progress=None):
     """The merges, as train_reference() gives them. progress(phase, total): a bar with update(n), see bpe.py."""
     bar = progress or _NoBar
     least = max(1, min_frequency)
+    n_merges = min(n_merges, int(np.count_nonzero(flat != SEPARATOR)))  # each merge joins at least two tokens: there cannot be more
     total = float(block_counts @ (flat != SEPARATOR).reshape(-1, BLOCK).sum(1))  # bytes of the corpus
     threshold = max(least, int(total / (100 * max(1, n_merges))))
     while True:

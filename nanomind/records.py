@@ -221,7 +221,8 @@ def text_of(record):
     """All text of a record in one string, whatever kind of data it is; ValueError when it has none."""
     fields = ["text"] if "text" in record else [field for field in FIELDS if field in record]
     if not fields:
-        raise ValueError(f"fields found: {', '.join(record) or 'none'}; expected text, conversations, messages, chosen + rejected or instruction + output")
+        found = " ".join(", ".join(record).split())[:200]  # a name may be of any length, and have line ends
+        raise ValueError(f"fields found: {found or 'none'}; expected text, conversations, messages, chosen + rejected or instruction + output")
     texts = []
     for field in fields:
         value = record[field]

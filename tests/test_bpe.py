@@ -165,6 +165,7 @@ def test_too_few_pairs_and_impossible_sizes_are_said(tmp_path):
     lines = []
     tokenizer = bpe.train([path], 6400, log=lines.append)
     assert tokenizer.vocab_size == 259 + 3 and any("only 3 merges" in line for line in lines)
+    assert bpe.train([path], 2 * 10 ** 9).hash == tokenizer.hash  # the arrays are as large as the text allows, not as the flag says
     with pytest.raises(ValueError, match="at least 259"):
         bpe.train([path], 100)
     for memory in (0.01, 0, float("nan")):

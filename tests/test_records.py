@@ -67,6 +67,7 @@ def test_a_file_without_any_good_record_is_an_error_whatever_the_share(tmp_path)
     file(tmp_path, "a.jsonl", lines({"text": "ok"}) * 1000)
     for name, content, message in (
         ("b.jsonl", lines({"question": "?", "answer": "!"}), "b.jsonl:1: fields found: question, answer; expected text, conversations"),
+        ("b.jsonl", lines({"a\nb" * 999: 1}), r"b.jsonl:1: fields found: (a ba b)*.{,3}; expected text"),
         ("b.jsonl", "中文\n".encode("gbk"), "b.jsonl:1: not UTF-8.*iconv"),
         ("b.txt", bytes(range(256)) * 9, "b.txt:1: a NUL byte"),
         ("b.json", "[]", "nothing in this file"),
