@@ -10,6 +10,8 @@ from pathlib import Path
 
 from nanomind.cli import run
 
+QUESTIONS = ("请介绍一下自己。", "你更擅长哪一个学科？", "鲁迅的《狂人日记》是如何批判封建礼教的？", "我咳嗽已经持续了两周，需要去医院检查吗？", "详细的介绍光速的物理概念。",
+             "推荐一些杭州的特色美食吧。", "请为我讲解“大语言模型”这个概念。", "如何理解ChatGPT？", "Introduce the history of the United States, please.")
 PROMPTS = ("马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中", "地球上最大的动物有", "杭州市的美食有",
            "The capital of China is", "Water boils at", "The largest ocean on Earth is")
 
@@ -19,8 +21,11 @@ def flags(argv):
     parser.add_argument("--run", default="", help="name of the run (default: the one saved last)")
     parser.add_argument("--stage", default="", help="stage of the run (default: the one saved last)")
     parser.add_argument("--ckpt", default="", metavar="FOLDER", help="a checkpoint folder, instead of --run and --stage")
-    parser.add_argument("--prompt", help="continue this text and stop; - reads it from standard input")
-    parser.add_argument("--auto", action="store_true", help="continue the fixed prompts and stop")
+    parser.add_argument("--compare", nargs=2, default=[], metavar="FOLDER", help="two checkpoint folders: the same prompts and seed for both")
+    parser.add_argument("--prompt", help="answer or continue this text and stop; - reads it from standard input")
+    parser.add_argument("--auto", action="store_true", help="answer or continue the fixed prompts and stop")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt of a conversation")
+    parser.add_argument("--mode", default="auto", choices=("auto", "chat", "complete"), help="answer, or continue text; auto: what the model was trained for")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
     parser.add_argument("--top-k", type=int, default=50, help="choose among so many tokens; 0: all (default: 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="choose among the likeliest that make up this share; 1: all (default: 0.95)")
@@ -34,6 +39,7 @@ def flags(argv):
     args = parser.parse_args(argv)
     problems = [text for wrong, text in (
         (args.ckpt and (args.run or args.stage), "--ckpt names a folder, --run and --stage another: give one"),
+        (args.compare and (args.ckpt or args.run or args.stage), "--compare names both folders: leave out --ckpt, --run and --stage"),
         (args.auto and args.prompt is not None, "--auto and --prompt exclude each other"),
         (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: expected at least 1")) if wrong]
     if problems:
@@ -45,58 +51,99 @@ def main():
     args = flags(sys.argv[1:])
     from nanomind import checkpoint, generate  # after the flags: importing torch takes seconds, --help should not
     sampling = generate.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    folder = Path(args.ckpt) if args.ckpt else checkpoint.newest("out", args.run, args.stage)
-    model, tokenizer = checkpoint.load(folder)
-    machine = generate.prepare(model, args.device, args.precision, args.threads)
-    print(f"{folder}: {model.config.parameters() / 1e6:.2f}M parameters, {machine}", file=sys.stderr)
-    writer = Writer(model, tokenizer, sampling, args.max_new_tokens)
+    writers = []
+    for folder in args.compare or [args.ckpt or checkpoint.newest("out", args.run, args.stage)]:
+        model, tokenizer = checkpoint.load(Path(folder))
+        machine = generate.prepare(model, args.device, args.precision, args.threads)
+        chat = checkpoint.is_chat(folder, tokenizer) if args.mode == "auto" else args.mode == "chat"
+        if chat and tokenizer.im_start is None:
+            raise ValueError(f"{folder}: its tokenizer has no <|im_start|>, so it cannot chat here; use --mode complete")
+        print(f"{folder}: {model.config.parameters() / 1e6:.2f}M parameters, {machine}, {'answers' if chat else 'continues text'}", file=sys.stderr)
+        writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system))
     if args.prompt is not None:
-        if args.prompt == "" and tokenizer.begin is None:
-            raise ValueError("--prompt is empty, and this model needs at least one token to start from")
-        writer.show(sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt)
+        prompts = [sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt]
     elif args.auto or not sys.stdin.isatty() or input("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
-        for prompt in PROMPTS:
-            print()
-            writer.show(prompt)
+        prompts = QUESTIONS if any(writer.chat for writer in writers) else PROMPTS
     else:
-        print("an empty line ends it")
-        while prompt := read_line():
+        return converse(writers)
+    for prompt in prompts:
+        for writer in writers:
             writer.show(prompt)
+            writer.reset()
 
 
-def read_line():
-    try:
-        return input("\n> ")
-    except EOFError:
-        return ""
+def converse(writers):
+    """Read lines until /exit (or an empty line); a chat remembers what was said until /reset."""
+    print("/reset forgets the conversation, /exit or an empty line ends it")
+    while True:
+        try:
+            line = input("\n> ")
+        except EOFError:
+            return
+        if line in ("", "/exit"):
+            return
+        for writer in writers:
+            if line == "/reset":
+                writer.reset()
+            else:
+                writer.show(line)
 
 
 class Writer:
-    """Continues texts and prints them as they come."""
+    """One model that answers or continues, and prints as it writes."""
 
-    def __init__(self, model, tokenizer, sampling, max_new_tokens):
-        self.model, self.tokenizer, self.sampling, self.max_new_tokens = model, tokenizer, sampling, max_new_tokens
+    def __init__(self, name, model, tokenizer, sampling, max_new_tokens, chat, system=""):
+        self.name, self.model, self.tokenizer, self.sampling, self.max_new_tokens = name, model, tokenizer, sampling, max_new_tokens
+        self.chat, self.system = chat, [{"role": "system", "content": system}] if system else []
         self.stop = {number for number in (tokenizer.end_of_text, tokenizer.im_end) if number is not None}
+        self.begin = [] if tokenizer.begin is None else [tokenizer.begin]
+        self.reset()
 
-    def show(self, prompt):
-        """Print the prompt and, token by token, its continuation."""
-        ids = ([] if self.tokenizer.begin is None else [self.tokenizer.begin]) + self.tokenizer.encode(prompt)
-        print(prompt, end="", flush=True)
-        text, count, began = self.tokenizer.stream(), 0, time.monotonic()
+    def reset(self):
+        self.history = []
+
+    def show(self, text):
+        """Print the text (of a chat: the question) and, token by token, what the model makes of it."""
+        print(f"\n{self.name + ': ' if self.name else ''}{text}", end="\n" if self.chat else "", flush=True)
+        ids = self.question(text) if self.chat else self.begin + self.tokenizer.encode(text)
+        if not ids:
+            raise ValueError("the prompt is empty, and this model needs at least one token to start from")
+        stream, written, began = self.tokenizer.stream(), [], time.monotonic()
         for (token,) in self.steps(ids):
-            print(text.push(token), end="", flush=True)
-            count += 1
-        print(text.end())
+            print(stream.push(token), end="", flush=True)
+            written.append(token)
+        print(stream.end())
+        if self.chat:
+            self.history.append({"role": "assistant", "content": self.tokenizer.decode(written)})
         if sys.stdout.isatty():
-            print(f"\033[2m{count} tokens, {count / (time.monotonic() - began):.0f} a second\033[0m")
+            print(f"\033[2m{len(written)} tokens, {len(written) / (time.monotonic() - began):.0f} a second\033[0m")
+
+    def question(self, text):
+        """Ids of the conversation with a new question; when it no longer fits, the oldest turns are forgotten, with a notice."""
+        self.history.append({"role": "user", "content": text})
+        room, forgotten = self.room(), 0
+        while True:
+            ids = self.begin + self.tokenizer.render_prompt(self.system + self.history)
+            if len(ids) <= room or len(self.history) == 1:
+                break
+            del self.history[:2]
+            forgotten += 1
+        if forgotten:
+            print(f"[the conversation is longer than the model sees: the oldest {forgotten} turns are forgotten]", file=sys.stderr)
+        return ids
+
+    def room(self):
+        """Tokens a prompt may have so that an answer fits behind it."""
+        size = self.model.config.max_position_embeddings
+        return size - min(self.max_new_tokens, size // 2)
 
     def steps(self, ids):
         """New tokens after `ids`; when they leave no room, the oldest are forgotten, with a notice."""
         from nanomind.generate import generate
-        size = self.model.config.max_position_embeddings
-        room = size - min(self.max_new_tokens, size // 2)
+        room = self.room()
         if len(ids) > room:
-            print(f"[the prompt has {len(ids)} tokens, the model sees {size}: only its last {room} are used]", file=sys.stderr)
+            print(f"[the prompt has {len(ids)} tokens, the model sees {self.model.config.max_position_embeddings}: only its last {room} are used]",
+                  file=sys.stderr)
             ids = ids[-room:]
         return generate(self.model, [ids], self.max_new_tokens, self.stop, self.sampling)
 

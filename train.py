@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 
 import torch
 
-from nanomind import checkpoint, device, generate, optim, plan, stages
+from nanomind import checkpoint, device, generate, judge, optim, plan, stages
 
 KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch")
 
@@ -31,6 +31,7 @@ def main(given):
     if given.get("stage", TrainConfig.stage) not in stages.STAGES:
         raise ValueError(f"--stage {given['stage']}: expected {', '.join(stages.STAGES)}")
     stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
+    stages.check_flags(given, given.get("stage", TrainConfig.stage))
     cfg, model_config = settle(given, stage.defaults)
     if not (cfg.data or cfg.steps or cfg.tokens or cfg.epochs or cfg.time_limit):
         cfg = replace(cfg, time_limit=stages.BUILTIN_MINUTES)
@@ -65,6 +66,8 @@ def main(given):
     if cfg.dry_run:
         return plan.show(cfg, model_config, train.used)
     model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
+    if cfg.seq_len > model.config.max_position_embeddings:
+        raise ValueError(f"--seq-len {cfg.seq_len}: this model is made for at most {model.config.max_position_embeddings} tokens")
     model.to(machine.device).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
@@ -74,13 +77,14 @@ def main(given):
 
     # 4. the loop
     if not saved:
-        for old in ("model.safetensors", "log.jsonl"):
+        for old in ("model.safetensors", "log.jsonl", "reference.safetensors"):
             (folder / old).unlink(missing_ok=True)
-        checkpoint.begin_folder(folder, model.config, data.tokenizer)
+        checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat)
     state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "precision": str(machine.dtype), "config": asdict(cfg),
                                     "data": data.meta["tokenizer"]}
     log = checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
-    trainer = Trainer(cfg, stage, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started)
+    objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
+    trainer = Trainer(cfg, stage, objective, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started)
     return trainer.run()
 
 
@@ -101,10 +105,10 @@ def resumed_config(cfg, given, progress, folder):
 class Trainer:
     """What the loop carries from step to step. `state` is what a save stores as JSON: step, tokens, seconds and the run's settings."""
 
-    def __init__(self, cfg, stage, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started):
+    def __init__(self, cfg, stage, objective, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started):
         self.cfg, self.stage, self.machine, self.tokenizer, self.model, self.runner = cfg, stage, machine, tokenizer, model, runner
         self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
-        self.objective, self.steps = stage.objective(), plan.total_steps(cfg, train.rows)
+        self.objective, self.steps = objective, plan.total_steps(cfg, train.rows)
         self.started = started - state["seconds"]  # the runs before this one count
         self.step_share, self.final_seconds = 0.0, 0.0
         self.stop_asked = False
@@ -168,7 +172,7 @@ class Trainer:
                 self.save()
         bar.close()
         if not self.stop_asked:
-            self.evaluate(4 * cfg.eval_tokens)
+            self.evaluate(4 * cfg.eval_tokens, last=True)
             self.sample()
             self.save()
             print(f"done: {state['step']:,} steps, {state['tokens'] / 1e6:.2f}M tokens in {plan.clock(self.seconds())}, "
@@ -211,7 +215,7 @@ class Trainer:
         """Where this step will end: exact by steps, by the clock as long as the step before."""
         return max((self.state["step"] + 1) / self.steps if self.steps else 0.0, begin + self.step_share if self.cfg.time_limit else 0.0)
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens, last=False):
         """Validate, print and log."""
         if self.val is None:
             return
@@ -224,6 +228,10 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + float(value)
         self.model.train()
         record = {"step": self.state["step"], **self.objective.summary(sums)}
+        if last and self.stage.chat:
+            self.model.eval()
+            record.update(judge.judge(self.model, self.tokenizer, self.val.split))
+            self.model.train()
         self.log.write(record)
         print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
         self.final_seconds = 5 * (time.monotonic() - began)  # room for the last one, four times as long, and the save behind it
@@ -233,7 +241,8 @@ class Trainer:
         self.model.eval()
         stop = {self.tokenizer.end_of_text, self.tokenizer.im_end}
         for prompt in self.stage.prompts:
-            ids = [self.tokenizer.end_of_text] + self.tokenizer.encode(prompt)
+            ids = [self.tokenizer.end_of_text]
+            ids += self.tokenizer.render_prompt([{"role": "user", "content": prompt}]) if self.stage.chat else self.tokenizer.encode(prompt)
             text = generate.complete(self.model, self.tokenizer, ids, 40, generate.Sampling(seed=self.cfg.seed), stop)
             print(f"    {prompt} > {' '.join(text.split())}", flush=True)
         self.model.train()

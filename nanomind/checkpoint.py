@@ -46,11 +46,11 @@ def read_tensors(path):
         raise ValueError(f"{path}: is not a whole safetensors file ({problem})") from None
 
 
-def begin_folder(folder, config, tokenizer):
-    """Make the parts of a checkpoint that do not change during a run."""
+def begin_folder(folder, config, tokenizer, chat):
+    """Make the parts of a checkpoint that do not change during a run. chat: does the model answer (or continue text)?"""
     folder.mkdir(parents=True, exist_ok=True)
     eos = tokenizer.im_end if tokenizer.im_end is not None else tokenizer.end_of_text
-    write_whole(folder / "config.json", json.dumps(config.to_hf(eos), indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps({**config.to_hf(eos), "nanomind": {"chat": chat}}, indent=2) + "\n")
     tokenizer.save(folder)
 
 
@@ -105,6 +105,12 @@ def load(folder):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model an embedding for {model.config.vocab_size}")
     return model, tokenizer
+
+
+def is_chat(folder, tokenizer):
+    """Does this model answer (True) or continue text? Ours say so in config.json; others by having chat tokens and a template."""
+    ours = read_json(Path(folder) / "config.json").get("nanomind")
+    return bool(ours["chat"]) if ours else tokenizer.im_start is not None and "chat_template" in tokenizer.config
 
 
 def load_progress(folder):

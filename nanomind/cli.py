@@ -12,10 +12,10 @@ import sys
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def keep_memory():
-    """Start this command again with the allocator's settings above (Linux only; once)."""
+def keep_memory(command=None):
+    """Start this command again with the allocator's settings above (Linux only; once). command: what to run when it is not a script."""
     if sys.platform == "linux" and not set(ALLOCATOR) & set(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+        os.execve(sys.executable, [sys.executable, *(command + sys.argv[1:] if command else sys.argv)], {**os.environ, **ALLOCATOR})
 
 
 def run(main):

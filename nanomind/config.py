@@ -81,6 +81,8 @@ class ModelConfig:
 
 
 PRESETS = {  # name: (model, run defaults that go with the size)
+    "pico": (ModelConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, head_dim=32, intermediate_size=256,
+                         qk_norm=True), {"batch_size": 4}),  # 1.00M: a student for nano
     "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
                          qk_norm=True), {"batch_size": 4}),  # 3.59M
     "small": (ModelConfig(), {}),  # 25.83M
@@ -122,7 +124,7 @@ class TrainConfig:
     # what
     stage: str = knob("pretrain", "which row of the table in nanomind/stages.py to run")
     run: str = knob("demo", "name of the run: results go to out/RUN/STAGE/")
-    preset: str = knob("nano", "model size: nano, small, base, or the path of a config.json of your own")
+    preset: str = knob("nano", "model size: pico, nano, small, base, or the path of a config.json of your own")
     data: str = knob("", "a data folder, or raw files and folders separated by commas; default: the built-in corpus")
     val: str = knob("", "raw files to validate on (with raw --data); default: 1 %% of the documents")
     tokenizer: str = knob("", "tokenizer folder for raw --data; default: one is trained on that data")
@@ -150,6 +152,14 @@ class TrainConfig:
     warmup: float = knob(0.03, "share of the run spent raising the learning rate from 0")
     decay: float = knob(1.0, "share of the run, at its end, spent lowering it to 0 in a straight line")
     grad_clip: float = knob(1.0, "largest norm of the gradient")
+    # distillation
+    teacher: str = knob("", "checkpoint folder of the teacher; default: the run's sft")
+    alpha: float = knob(0.1, "weight of the cross-entropy with the data; the rest goes to the teacher's distribution")
+    distill_temperature: float = knob(1.0, "temperature of both distributions in the divergence")
+    # preferences
+    beta: float = knob(0.1, "strength of the tie to the reference model")
+    label_smoothing: float = knob(0.0, "share of pairs believed to be labelled the wrong way round (conservative DPO)")
+    dpo_loss: str = knob("sigmoid", "sigmoid (DPO) or ipo", ("sigmoid", "ipo"))
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = knob("auto", "auto, fp32 or bf16 (autocast; weights stay fp32)", ("auto", "fp32", "bf16"))
@@ -183,7 +193,7 @@ def parse_flags(kind, argv, description):
 
 def settle(given, stage_defaults=None):
     """Flags that were given -> (TrainConfig, ModelConfig); all conflicts are listed at once."""
-    base = TrainConfig(**given)
+    base = TrainConfig(**{**(stage_defaults or {}), **given})
     model, preset_defaults = load_preset(base.preset)
     cfg = replace(base, **{**preset_defaults, **(stage_defaults or {}), **given})
     problems = [f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {what}" for name, what, fine in (
@@ -193,6 +203,8 @@ def settle(given, stage_defaults=None):
         ("lr", "more than 0", cfg.lr > 0), ("adam_lr", "more than 0", cfg.adam_lr > 0), ("grad_clip", "more than 0", cfg.grad_clip > 0),
         ("weight_decay", "0 or more", cfg.weight_decay >= 0), ("warmup", "a share between 0 and 1", 0 <= cfg.warmup <= 1),
         ("decay", "a share between 0 and 1", 0 <= cfg.decay <= 1), ("threads", "0 or more", cfg.threads >= 0),
+        ("alpha", "a share between 0 and 1", 0 <= cfg.alpha <= 1), ("distill_temperature", "more than 0", cfg.distill_temperature > 0),
+        ("beta", "more than 0", cfg.beta > 0), ("label_smoothing", "at least 0 and below 0.5", 0 <= cfg.label_smoothing < 0.5),
         ("vocab_size", "at least 260", cfg.vocab_size >= 260), ("log_every", "at least 1", cfg.log_every >= 1),
         ("run", "a plain name", cfg.run not in ("", ".", "..") and not set(cfg.run) & set('/\\:*?"<>|'))) if not fine]
     if sum(bool(x) for x in (cfg.steps, cfg.tokens, cfg.epochs)) > 1:

@@ -9,7 +9,8 @@ How documents lie in rows (T = 6; E is <|endoftext|>, which opens every document
     row 1    tokens  e f g E h ...    labels  f g E h ...      documents  1 1 1 2 2 ...
 
 The label after `c` is E: the end of a document is learnt, and it tells nothing about the next one, whose first word is predicted from its own E.
-Chats are packed whole instead: a row holds entire documents, no label crosses a border, only tokens marked in mask.bin are targets.
+Chats are packed whole instead: a row holds entire documents, no label crosses a border, only tokens marked in mask.bin are targets. The two
+documents of a preference pair lie in the same row.
 """
 
 from dataclasses import dataclass
@@ -31,15 +32,23 @@ class Batch:
     label_bytes: torch.Tensor = None
     language: torch.Tensor = None
     languages: tuple = LANGUAGES
+    group: int = 1  # documents that belong together: 2 for preference pairs
 
     @property
     def n_targets(self):
+        """What the step's loss is divided by: tokens that are targets, or preference pairs."""
+        if self.group > 1:
+            return len(self.places()[self.doc_ids >= 0].unique()) // self.group
         return int((self.labels != IGNORE).sum())
+
+    def places(self):
+        """(B, T): a number for each document of each row. (At the end of an epoch one document may be in two rows of a batch.)"""
+        return self.doc_ids + (torch.arange(len(self.doc_ids), device=self.doc_ids.device)[:, None] << 32)
 
     def to(self, device):
         moved = [None if x is None else x.to(device, non_blocking=True)
                  for x in (self.tokens, self.labels, self.doc_ids, self.label_bytes, self.language)]
-        return Batch(*moved)
+        return Batch(*moved, group=self.group)
 
 
 def pack_whole(sizes, room):
@@ -71,10 +80,11 @@ def pack_whole(sizes, room):
 
 
 class PackedTokens:
-    """One split of a data folder as rows of `seq_len` tokens; `whole` keeps documents entire (chats), else the stream is cut (pretraining)."""
+    """One split of a data folder as rows of `seq_len` tokens; `whole` keeps documents entire (chats), else the stream is cut (pretraining).
+    `group` documents in a row of the folder share a row and are used or left out together (2: preference pairs)."""
 
-    def __init__(self, split, tokenizer, seq_len, batch_size, seed=0, whole=False, name="data"):
-        self.split, self.T, self.B, self.seed, self.whole = split, seq_len, batch_size, seed, whole
+    def __init__(self, split, tokenizer, seq_len, batch_size, seed=0, whole=False, group=1, name="data"):
+        self.split, self.T, self.B, self.seed, self.whole, self.group = split, seq_len, batch_size, seed, whole, group
         self.starts = np.asarray(split.starts)
         self.ends = np.append(self.starts[1:], len(split.tokens))  # document i is tokens[starts[i]:ends[i]]
         self.pad = tokenizer.end_of_text if tokenizer.end_of_text is not None else 0
@@ -97,11 +107,12 @@ class PackedTokens:
             targets = sizes - 1
         else:
             targets = np.add.reduceat(np.asarray(self.split.mask, dtype=np.int64), self.starts) if len(self.starts) else sizes
+        sizes, targets = sizes.reshape(-1, self.group).sum(1), targets.reshape(-1, self.group).min(1)
         long, empty = sizes > self.T, targets < 1
         usable = np.flatnonzero(~long & ~empty)
         self.left_out = {reason: int(count) for reason, count in ((f"longer than {self.T} tokens", long.sum()),
                                                                   ("without a target", (empty & ~long).sum())) if count}
-        self.bins = [usable[packed] for packed in pack_whole(sizes[usable], self.T)]
+        self.bins = [(usable[packed][:, None] * self.group + np.arange(self.group)).ravel() for packed in pack_whole(sizes[usable], self.T)]
         self.rows, self.places, self.used = len(self.bins), len(self.bins) * self.T, int(sizes[usable].sum())
 
     def row(self, index):
@@ -146,7 +157,7 @@ class PackedTokens:
 
     def _collate(self, rows, languages=False):
         tokens, labels, documents = (np.stack(column) for column in zip(*rows))
-        batch = Batch(*(torch.from_numpy(x) for x in (tokens, labels, documents)))
+        batch = Batch(*(torch.from_numpy(x) for x in (tokens, labels, documents)), group=self.group)
         if languages:
             batch.label_bytes = torch.from_numpy(np.where(labels == IGNORE, 0, self.token_bytes[labels.clip(0)]))
             batch.language = torch.from_numpy(np.where(documents < 0, 0, self._languages(documents)))
@@ -159,6 +170,11 @@ class PackedTokens:
             text = np.asarray(self.split.tokens[self.starts[document]:self.ends[document]][:20000])
             kinds[documents == document] = int(self.chinese[text].sum() <= 0.3 * self.token_bytes[text].sum())
         return kinds
+
+    def every_row(self):
+        """Batches that hold each row once, in the order of the data."""
+        for at in range(0, self.rows, self.B):
+            yield self._collate([self.row(index) for index in range(at, min(at + self.B, self.rows))])
 
     def validation(self, tokens):
         """Batches of about `tokens` tokens: always the same rows, spread over the whole split, ready to be counted by language."""

@@ -6,20 +6,43 @@ Next: nanomind/optim.py
 import math
 
 import torch
+import torch.nn.functional as F
 
 from nanomind.data import IGNORE
 
 CHUNK = 2048  # rows of the vocabulary head that are computed at a time
 
 
-def cross_entropy(labels):
-    """The rule of next-token prediction for HeadLoss: sum of -log p(label). labels: (N,) without IGNORE."""
+def cross_entropy(labels, weights=None):
+    """The rule of next-token prediction for HeadLoss: sum of -log p(label), times `weights` when given. labels, weights: (N,)."""
     def rule(logits, rows):
         label = labels[rows, None]
         log_z = logits.logsumexp(dim=-1, keepdim=True)
-        loss = (log_z - logits.gather(1, label)).sum()
+        nll = log_z - logits.gather(1, label)  # (n, 1)
         p = logits.sub_(log_z).exp_()  # in place of the logits
-        return loss, p.scatter_add_(1, label, torch.full_like(log_z, -1.0))  # d loss / d logits = p - onehot
+        grad = p.scatter_add_(1, label, torch.full_like(log_z, -1.0))  # d nll / d logits = p - onehot
+        if weights is None:
+            return nll.sum(), grad
+        return (nll * weights[rows, None]).sum(), grad.mul_(weights[rows, None])
+    return rule
+
+
+def distillation(labels, teacher_logits, alpha, temperature, sums):
+    """The rule of knowledge distillation (arXiv:1503.02531): sum of alpha CE + (1 - alpha) t^2 KL(teacher || student), both distributions at
+    temperature t; t^2 keeps the size of its gradient, t (p_student - p_teacher), independent of t. teacher_logits(rows): (n, V) fp32. The two
+    parts are added to `sums`."""
+    plain = cross_entropy(labels)
+
+    def rule(logits, rows):
+        student = (logits / temperature).log_softmax(-1)
+        teacher = (teacher_logits(rows) / temperature).log_softmax(-1)
+        p = teacher.exp()
+        kl = (p * (teacher - student)).sum()
+        grad = student.exp_().sub_(p).mul_((1 - alpha) * temperature)
+        ce, ce_grad = plain(logits, rows)
+        sums["ce"] += ce
+        sums["kl"] += kl
+        return alpha * ce + (1 - alpha) * temperature**2 * kl, grad.add_(ce_grad, alpha=alpha)
     return rule
 
 
@@ -56,7 +79,7 @@ class HeadLoss(torch.autograd.Function):
 def token_nll(hidden, weight, labels, dtype):
     """-log p(label) of each row, (N,) fp32; no gradient."""
     h, w = hidden.to(dtype), weight.to(dtype)
-    return torch.cat([torch.nn.functional.cross_entropy((part @ w.T).float(), label, reduction="none")
+    return torch.cat([F.cross_entropy((part @ w.T).float(), label, reduction="none")
                       for part, label in zip(h.split(CHUNK), labels.split(CHUNK))])
 
 
@@ -75,6 +98,9 @@ def product_dtype(x):
 
 class NextToken:
     """Predict the next token: pretraining, SFT and both phases of the VLM."""
+
+    def __init__(self, run=None):
+        pass
 
     def __call__(self, model, batch):
         """-> (sum of -log p over the batch's targets, {})."""
@@ -103,3 +129,102 @@ class NextToken:
         if len(names) > 1:
             figures.update({f"bpb_{name}": bits[name] / sums["bytes_" + name] for name in names})
         return figures
+
+
+class Distill(NextToken):
+    """Learn a teacher's whole distribution at the target positions, beside the data's own next token."""
+
+    def __init__(self, run):
+        self.teacher, self.alpha, self.temperature = run.teacher.eval().requires_grad_(False), run.cfg.alpha, run.cfg.distill_temperature
+
+    def _loss(self, model, batch):
+        hidden, labels, chosen = targets(model, batch)
+        dtype = product_dtype(hidden)
+        with torch.no_grad():
+            theirs = self.teacher(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen].to(dtype)
+            weight = self.teacher.lm_head.weight.to(dtype)
+        sums = {"ce": 0.0, "kl": 0.0}
+        rule = distillation(labels, lambda rows: (theirs[rows] @ weight.T).float(), self.alpha, self.temperature, sums)
+        return HeadLoss.apply(hidden, model.lm_head.weight, rule, dtype), sums
+
+    def __call__(self, model, batch):
+        """-> (sum of the mixed loss over the targets, {"ce", "kl"} sums)."""
+        return self._loss(model, batch)
+
+    @torch.no_grad()
+    def validate(self, model, batch):
+        return {**super().validate(model, batch), "kl": self._loss(model, batch)[1]["kl"]}
+
+    def summary(self, sums):
+        return {**super().summary(sums), "kl": sums["kl"] / max(1, sums["targets"])}
+
+
+class DPO:
+    """Prefer the chosen answer to the rejected one (arXiv:2305.18290, eq. 7), or IPO (arXiv:2310.12036, eq. 17).
+
+        margin = beta ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected)))        log p: SUM over an answer's tokens
+        DPO    -(1 - s) log sigmoid(margin) - s log sigmoid(-margin)           s: label smoothing (conservative DPO)
+        IPO    (margin / beta - 1 / (2 beta))^2
+
+    The reference's log-probabilities are numbers, computed once with the weights the run starts from; no second model runs beside the first.
+    """
+
+    def __init__(self, run):
+        self.beta, self.smoothing, self.kind = run.cfg.beta, run.cfg.label_smoothing, run.cfg.dpo_loss
+        self.reference = run.reference  # {"train": (documents,), "val": (documents,)} log-probabilities of the answers
+
+    def loss(self, policy, reference):
+        """policy, reference: (pairs, 2) log-probabilities of chosen and rejected -> sum over pairs, and metrics as sums."""
+        rewards = self.beta * (policy - reference)
+        margin = rewards[:, 0] - rewards[:, 1]
+        if self.kind == "ipo":
+            loss = (margin / self.beta - 1 / (2 * self.beta)).square()
+        else:
+            loss = -(1 - self.smoothing) * F.logsigmoid(margin) - self.smoothing * F.logsigmoid(-margin)
+        metrics = {"accuracy": (margin > 0).float().sum(), "preferred": (policy[:, 0] > policy[:, 1]).float().sum(), "margin": margin.sum(),
+                   "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum(), "chosen_logp": policy[:, 0].sum(),
+                   "rejected_logp": policy[:, 1].sum(), "kl": (reference - policy).mean(1).sum()}
+        return loss.sum(), {name: value.detach() for name, value in metrics.items()}
+
+    @staticmethod
+    def answers(batch, nll, chosen):
+        """-log p of the N targets -> document numbers and log-probabilities of the answers, (pairs, 2) each (document 2i is chosen, 2i + 1
+        rejected), and for each target the place of its answer among them, (N,)."""
+        places, index = batch.places().flatten()[chosen].unique(return_inverse=True)
+        log_p = torch.zeros(len(places), device=nll.device).index_add_(0, index, -nll)
+        return (places & 0xFFFFFFFF).view(-1, 2), log_p.view(-1, 2), index
+
+    def __call__(self, model, batch):
+        """-> (sum of the loss over pairs, metrics). The head is walked twice: for the log-probabilities, then, when the loss has said how much
+        each answer weighs, for the gradients."""
+        hidden, labels, chosen = targets(model, batch)
+        dtype, weight = product_dtype(hidden), model.lm_head.weight
+        numbers, log_p, place = self.answers(batch, token_nll(hidden, weight, labels, dtype), chosen)
+        with torch.enable_grad():
+            loss, metrics = self.loss(log_p.requires_grad_(), self.reference["train"].to(log_p.device)[numbers])
+            slope, = torch.autograd.grad(loss, log_p)  # d loss / d log p of each answer, (pairs, 2)
+        surrogate = HeadLoss.apply(hidden, weight, cross_entropy(labels, -slope.flatten()[place]), dtype)
+        return loss.detach() + (surrogate - surrogate.detach()), metrics
+
+    @torch.no_grad()
+    def validate(self, model, batch):
+        hidden, labels, chosen = targets(model, batch)
+        numbers, log_p, _ = self.answers(batch, token_nll(hidden, model.lm_head.weight, labels, product_dtype(hidden)), chosen)
+        loss, metrics = self.loss(log_p, self.reference["val"].to(log_p.device)[numbers])
+        return {"loss": loss, "targets": torch.tensor(float(len(numbers))), **metrics}
+
+    def summary(self, sums):
+        return {"val_loss" if name == "loss" else name: value / max(1, sums["targets"]) for name, value in sums.items() if name != "targets"}
+
+
+@torch.no_grad()
+def reference_log_probs(model, rows, machine):
+    """Log-probability of every answer under `model`, (documents,) fp32; nan for documents that are left out. rows: PackedTokens of pairs."""
+    found = torch.full((len(rows.starts),), float("nan"))
+    for batch in rows.every_row():
+        batch = batch.to(machine.device)
+        with machine.autocast():
+            hidden, labels, chosen = targets(model, batch)
+            numbers, log_p, _ = DPO.answers(batch, token_nll(hidden, model.lm_head.weight, labels, product_dtype(hidden)), chosen)
+        found[numbers.cpu()] = log_p.cpu()
+    return found

@@ -11,10 +11,10 @@ import bpe
 from data_prep import demo
 from data_prep.common import prepare
 from nanomind import bins
-from nanomind.checkpoint import load_model
+from nanomind.checkpoint import load, load_model, read_tensors, write_tensors
 from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
-from nanomind.objectives import NextToken
+from nanomind.objectives import DPO, Distill, NextToken, reference_log_probs
 from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 
@@ -22,20 +22,75 @@ BUILTIN_MINUTES = 4.0  # a run on the built-in corpus without a length ends afte
 BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
 
 
+CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United States, please.")
+
+
 @dataclass(frozen=True)
 class Stage:
-    builtin: str  # file of the built-in corpus (data_prep/demo) it trains on when --data is not given
-    whole: bool  # keep documents whole in a row (chats), or cut the stream (text)
+    kind: str  # of its data: text, chat or pairs (the module of data_prep that makes it)
+    builtin: str  # file of the built-in corpus it trains on when --data is not given; "" where there is none yet
     starts_from: tuple  # stages of the same run whose checkpoint it starts from, the first that exists; () = random weights
-    objective: object  # called without arguments -> the objective
+    objective: object  # called with the Run below -> the objective
     defaults: dict  # of TrainConfig, over those of the preset
     prompts: tuple  # what samples are made from while it trains
+    flags: tuple = ()  # fields of TrainConfig that only this stage knows
+
+    @property
+    def chat(self):
+        """Does it see conversations (kept whole in a row), or text (a stream that is cut)?"""
+        return self.kind != "text"
+
+
+@dataclass
+class Run:
+    """What an objective may need to be made: the settings, the teacher (distill), the reference's log-probabilities (dpo)."""
+    cfg: object
+    teacher: object = None
+    reference: dict = None
 
 
 STAGES = {
-    "pretrain": Stage(builtin="pretrain.jsonl", whole=False, starts_from=(), objective=NextToken, defaults={},
-                      prompts=("万有引力原理是", "The largest ocean on Earth is")),
+    "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
+    "sft": Stage("chat", "", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
+    "distill": Stage("chat", "", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
+    "dpo": Stage("pairs", "", ("sft",), DPO, {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
+                 flags=("beta", "label_smoothing", "dpo_loss")),
 }
+
+
+def check_flags(given, name):
+    """Refuse flags that belong to other stages."""
+    owners = {flag: other for other, stage in STAGES.items() for flag in stage.flags}
+    foreign = [f"--{flag.replace('_', '-')} (of --stage {owners[flag]})" for flag in given if flag in owners and owners[flag] != name]
+    if foreign:
+        raise ValueError(f"--stage {name} does not know {', '.join(foreign)}")
+
+
+def teacher_folder(cfg):
+    """Where the teacher of a distillation lies."""
+    folder = Path(cfg.teacher) if cfg.teacher else Path("out") / cfg.run / "sft"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no teacher there; train one (--stage sft --run {cfg.run}) or name its folder with --teacher")
+    return folder
+
+
+def make_objective(cfg, stage, model, tokenizer, train, val, folder, machine):
+    """The objective of a run, with what it needs: a frozen teacher, or the log-probabilities of the model the run starts from. Those are computed
+    once and kept with the run, so a resumed run reads the same numbers."""
+    run = Run(cfg)
+    if "teacher" in stage.flags:
+        teacher, theirs = load(teacher_folder(cfg))
+        if theirs.hash != tokenizer.hash:
+            raise ValueError(f"{teacher_folder(cfg)}: the teacher has another tokenizer than the data: prepare the data with --tokenizer {teacher_folder(cfg)}")
+        run.teacher = teacher.to(machine.device)
+    if "beta" in stage.flags:
+        path = folder / "reference.safetensors"
+        if not path.is_file():
+            model.eval()
+            write_tensors(path, {name: reference_log_probs(model, rows, machine) for name, rows in (("train", train), ("val", val)) if rows}, {})
+            model.train()
+        run.reference, _ = read_tensors(path)
+    return stage.objective(run)
 
 
 def data_is_ready(cfg):
@@ -59,6 +114,8 @@ def find_data(cfg, stage, run_folder):
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
             raise FileNotFoundError(f"--data {', '.join(missing)}: not found; expected a data folder, or raw .txt and .jsonl files")
+    elif not stage.builtin:
+        raise ValueError(f"--stage {cfg.stage} needs --data: a data folder made by python -m data_prep.{stage.kind}, or raw files")
     else:
         folder = run_folder / "raw"
         if not (folder / stage.builtin).is_file():
@@ -71,16 +128,18 @@ def find_data(cfg, stage, run_folder):
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     out = run_folder / "data" / f"{cfg.stage}-{key}"
     if not (out / "meta.json").is_file():
-        prepare("text", paths, tokenizer_folder, out, val=val or ())
+        prepare(stage.kind, paths, tokenizer_folder, out, val=val or ())
     return bins.open_folder(out)
 
 
 def find_tokenizer(cfg, paths, run_folder):
-    """--tokenizer, else that of the checkpoint the run starts from, else the run's own, trained on `paths` when it is not there yet."""
+    """--tokenizer, else that of the checkpoint the run starts from or of its teacher, else the run's own, trained on `paths` when it is not there."""
     if cfg.tokenizer:
         return Path(cfg.tokenizer)
-    if cfg.init:
-        return Path(cfg.init)
+    if "teacher" in STAGES[cfg.stage].flags:
+        return teacher_folder(cfg)
+    if find_init(cfg):
+        return find_init(cfg)
     folder = run_folder / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         bpe.train(paths, cfg.vocab_size, log=print).save(folder)
@@ -114,7 +173,9 @@ def find_init(cfg):
 
 def datasets(cfg, folder, stage):
     """-> (training rows, validation rows or None when the folder has none)."""
-    made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.whole, name)
+    if folder.meta["kind"] != stage.kind:
+        raise ValueError(f"{folder.path}: a data folder of {folder.meta['kind']}, --stage {cfg.stage} needs one made by python -m data_prep.{stage.kind}")
+    made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.chat, 2 if stage.kind == "pairs" else 1, name)
             if len(split.tokens) > 1 else None for name, split in (("train", folder.train), ("val", folder.val))]
     if made[0] is None:
         raise ValueError("the data folder has no training documents")
