@@ -62,7 +62,7 @@ def main():
         writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system))
     if args.prompt is not None:
         prompts = [sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt]
-    elif args.auto or not sys.stdin.isatty() or input("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
+    elif args.auto or not sys.stdin.isatty() or read("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
         prompts = QUESTIONS if any(writer.chat for writer in writers) else PROMPTS
     else:
         return converse(writers)
@@ -70,16 +70,15 @@ def main():
         for writer in writers:
             writer.show(prompt)
             writer.reset()
+        if prompt is not prompts[-1]:
+            print()
 
 
 def converse(writers):
     """Read lines until /exit (or an empty line); a chat remembers what was said until /reset."""
     print("/reset forgets the conversation, /exit or an empty line ends it")
     while True:
-        try:
-            line = input("\n> ")
-        except EOFError:
-            return
+        line = read("\n> ")
         if line in ("", "/exit"):
             return
         for writer in writers:
@@ -87,6 +86,14 @@ def converse(writers):
                 writer.reset()
             else:
                 writer.show(line)
+
+
+def read(question):
+    """A line from the terminal; Ctrl-D is an empty one."""
+    try:
+        return input(question)
+    except EOFError:
+        return ""
 
 
 class Writer:
@@ -104,7 +111,7 @@ class Writer:
 
     def show(self, text):
         """Print the text (of a chat: the question) and, token by token, what the model makes of it."""
-        print(f"\n{self.name + ': ' if self.name else ''}{text}", end="\n" if self.chat else "", flush=True)
+        print(f"{self.name + ': ' if self.name else ''}{text}", end="\n" if self.chat else "", flush=True)
         ids = self.question(text) if self.chat else self.begin + self.tokenizer.encode(text)
         if not ids:
             raise ValueError("the prompt is empty, and this model needs at least one token to start from")

@@ -38,50 +38,50 @@ def main(given):
 
     # 1. where results go, and what is there already
     folder = Path("out") / cfg.run / cfg.stage
-    saved = checkpoint.load_progress(folder) if not (cfg.dry_run or cfg.show_batch) else None
-    if saved and cfg.resume:
-        cfg = resumed_config(cfg, given, saved[1], folder)
-    elif saved and not cfg.overwrite:
+    saved = None if cfg.dry_run or cfg.show_batch or cfg.overwrite else checkpoint.load_progress(folder)
+    if saved and not cfg.resume:
         raise ValueError(f"{folder} holds a run of {saved[1]['step']} steps: --resume goes on, --overwrite begins again, --run NAME starts another")
+    if saved:
+        cfg = resumed_config(cfg, given, saved[1], folder)
     elif cfg.resume:
         print(f"nothing to resume in {folder}: starting afresh")
-    saved = saved if cfg.resume else None
 
     # 2. the machine
-    machine = device.choose_device(cfg.device, cfg.precision, cfg.threads)
-    if saved and saved[1]["precision"] != str(machine.dtype):
-        machine = device.choose_device(cfg.device, "bf16" if "bfloat16" in saved[1]["precision"] else "fp32", cfg.threads)
+    precision = cfg.precision if not saved else "bf16" if "bfloat16" in saved[1]["precision"] else "fp32"
+    machine = device.choose_device(cfg.device, precision, cfg.threads)
     print(f"machine    {machine.reasons}")
 
     # 3. data, model, objective
-    if cfg.dry_run and not stages.data_is_ready(cfg):
-        return plan.show(cfg, model_config, stages.estimated_tokens(cfg))
+    model_config, name = stages.shape(cfg, model_config, given) if not saved else (model_config, str(folder))
+    if cfg.dry_run and not stages.prepared(cfg):
+        return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg))
     data = stages.find_data(cfg, stage, folder.parent)
+    identity = {"tokenizer": data.meta["tokenizer"], "splits": data.meta["splits"]}
+    if saved and saved[1]["data"] != identity:
+        raise ValueError(f"{data.path}: not the data this run was trained on; --run NAME --init {folder} starts a new one from its weights")
     train, val = stages.datasets(cfg, data, stage)
     print(f"data       {data.path}: {train.summary()}" + (f"; validation {len(val.split):,} documents" if val else "; no validation documents"))
     if cfg.show_batch:
         return plan.show_batch(train.batch(0), data.tokenizer)
-    if not stage.starts_from and not cfg.init:
+    if name == cfg.preset:
         model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
     if cfg.dry_run:
-        return plan.show(cfg, model_config, train.used)
+        return plan.show(cfg, name, model_config, train.used)
     model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
-    if cfg.seq_len > model.config.max_position_embeddings:
-        raise ValueError(f"--seq-len {cfg.seq_len}: this model is made for at most {model.config.max_position_embeddings} tokens")
     model.to(machine.device).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
     if saved:
         optimizer.load(saved[0])
-    plan.show(cfg, model.config, train.used, model)
+    plan.show(cfg, name, model.config, train.used, model)
 
     # 4. the loop
     if not saved:
         for old in ("model.safetensors", "log.jsonl", "reference.safetensors"):
             (folder / old).unlink(missing_ok=True)
         checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat)
-    state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "precision": str(machine.dtype), "config": asdict(cfg),
-                                    "data": data.meta["tokenizer"]}
+    state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "final_seconds": 0.0, "precision": str(machine.dtype),
+                                    "config": asdict(cfg), "data": identity}
     log = checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
     objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
     trainer = Trainer(cfg, stage, objective, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started)
@@ -110,8 +110,7 @@ class Trainer:
         self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
         self.objective, self.steps = objective, plan.total_steps(cfg, train.rows)
         self.started = started - state["seconds"]  # the runs before this one count
-        self.step_share, self.final_seconds = 0.0, 0.0
-        self.stop_asked = False
+        self.step_share, self.stop_asked = 0.0, False
 
     def seconds(self):
         """Wall-clock seconds of the run so far, start-up and preparation of the data included."""
@@ -120,7 +119,7 @@ class Trainer:
     def progress(self):
         """Where the run stands, in [0, 1]: by steps or by the clock, whichever is further. The clock leaves room for the last evaluation."""
         by_step = self.state["step"] / self.steps if self.steps else 0.0
-        by_clock = self.seconds() / max(self.cfg.time_limit * 60 - self.final_seconds, 1e-3) if self.cfg.time_limit else 0.0
+        by_clock = self.seconds() / max(self.cfg.time_limit * 60 - self.state["final_seconds"], 1e-3) if self.cfg.time_limit else 0.0
         return min(1.0, max(by_step, by_clock))
 
     def run(self):
@@ -164,17 +163,19 @@ class Trainer:
             if bar.disable and now > next_line:
                 next_line = now + 60
                 print(f"step {state['step']:>6} {100 * end:4.0f} %  loss {loss:.3f}  {rate:,.0f} tok/s  ETA {plan.clock(eta)}", flush=True)
+            if end < 1 and self.due(begin, end, cfg.save_every or cfg.eval_every):
+                self.save()
             if end < 1 and self.due(begin, end, cfg.eval_every):
                 bar.clear()
                 self.evaluate(cfg.eval_tokens)
                 self.sample()
-            if end < 1 and self.due(begin, end, cfg.save_every or cfg.eval_every):
-                self.save()
         bar.close()
+        if state["step"] == 0:
+            raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more")
         if not self.stop_asked:
+            self.save()
             self.evaluate(4 * cfg.eval_tokens, last=True)
             self.sample()
-            self.save()
             print(f"done: {state['step']:,} steps, {state['tokens'] / 1e6:.2f}M tokens in {plan.clock(self.seconds())}, "
                   f"peak memory {device.peak_memory(self.machine.device):,.0f} MB; saved in {self.folder}")
 
@@ -199,7 +200,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise ValueError(f"step {state['step'] + 1}: loss {total / targets}, gradient norm {norm}: not finite, stopped before the weights were "
-                             f"touched; the last save in {self.folder} is good. Lower --lr (now {cfg.lr}) and go on from it with --init")
+                             f"touched. Begin again with a lower --lr (now {cfg.lr:g})"
+                             + (f", or go on from the last good save with --init {self.folder}" if (self.folder / "model.safetensors").is_file() else ""))
         scale = optim.schedule(begin, self.step_end(begin), cfg.warmup, cfg.decay)
         self.optimizer.step(scale)
         tokens = sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
@@ -234,7 +236,7 @@ class Trainer:
             self.model.train()
         self.log.write(record)
         print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
-        self.final_seconds = 5 * (time.monotonic() - began)  # room for the last one, four times as long, and the save behind it
+        self.state["final_seconds"] = 5 * (time.monotonic() - began)  # room for the last one, four times as long, and the save behind it
 
     def sample(self):
         """Print what the model writes now."""

@@ -28,7 +28,7 @@ def write_tensors(path, tensors, metadata):
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
         except SafetensorError as problem:  # a full disk arrives as its text
             raise OSError(f"{path}: could not be written: {problem}") from None
-        with open(beside, "rb") as file:
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
@@ -49,7 +49,7 @@ def read_tensors(path):
 def begin_folder(folder, config, tokenizer, chat):
     """Make the parts of a checkpoint that do not change during a run. chat: does the model answer (or continue text)?"""
     folder.mkdir(parents=True, exist_ok=True)
-    eos = tokenizer.im_end if tokenizer.im_end is not None else tokenizer.end_of_text
+    eos = tokenizer.im_end if chat else tokenizer.end_of_text
     write_whole(folder / "config.json", json.dumps({**config.to_hf(eos), "nanomind": {"chat": chat}}, indent=2) + "\n")
     tokenizer.save(folder)
 

@@ -20,6 +20,9 @@ def keep_memory(command=None):
 
 def run(main):
     """Run `main()` and exit. Set NANOMIND_DEBUG=1 to see the traceback behind a one-line error."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or file that cannot show Chinese must not end an hour of training
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ Next: nanomind/records.py
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -29,8 +30,11 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "intermediate_size", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"model config: {name} is {value!r}, expected a whole number of at least 1")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
+                raise ValueError(f"model config: {name} is {getattr(self, name)!r}, expected a number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"model config: {self.num_attention_heads} query heads cannot share "
                              f"{self.num_key_value_heads} key/value heads evenly")
@@ -59,6 +63,7 @@ class ModelConfig:
         if kind not in ("llama", "qwen3"):
             raise ValueError(f'{where}: model_type is {kind!r}, expected "llama" or "qwen3"')
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 writes the first, 4 the second
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         unsupported = {name: value for name, value, plain in (
             ("hidden_act", values.get("hidden_act", "silu"), "silu"),
             ("attention_bias", values.get("attention_bias", False), False),
@@ -168,7 +173,6 @@ class TrainConfig:
     checkpointing: bool = knob(False, "gradient checkpointing: recompute activations in the backward pass to save memory")
     seed: int = knob(0, "fixes initial weights, order of the data and samples")
     # what is seen on the way
-    log_every: int = knob(10, "steps between two log lines")
     eval_every: int = knob(0, "steps between two validations; 0: ten in a run")
     eval_tokens: float = knob(16384.0, "tokens in a validation; the one at the end uses four times as many")
     save_every: int = knob(0, "steps between two saves; 0: with every validation")
@@ -205,8 +209,12 @@ def settle(given, stage_defaults=None):
         ("decay", "a share between 0 and 1", 0 <= cfg.decay <= 1), ("threads", "0 or more", cfg.threads >= 0),
         ("alpha", "a share between 0 and 1", 0 <= cfg.alpha <= 1), ("distill_temperature", "more than 0", cfg.distill_temperature > 0),
         ("beta", "more than 0", cfg.beta > 0), ("label_smoothing", "at least 0 and below 0.5", 0 <= cfg.label_smoothing < 0.5),
-        ("vocab_size", "at least 260", cfg.vocab_size >= 260), ("log_every", "at least 1", cfg.log_every >= 1),
+        ("seed", "a whole number from 0", 0 <= cfg.seed < 2**63), ("eval_every", "0 or more", cfg.eval_every >= 0),
+        ("save_every", "0 or more", cfg.save_every >= 0), ("eval_tokens", "0 or more", cfg.eval_tokens >= 0),
+        ("vocab_size", "at least 260", cfg.vocab_size >= 260),
         ("run", "a plain name", cfg.run not in ("", ".", "..") and not set(cfg.run) & set('/\\:*?"<>|'))) if not fine]
+    problems += [f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: expected a finite number" for f in fields(cfg)
+                 if isinstance(getattr(cfg, f.name), float) and not math.isfinite(getattr(cfg, f.name))]
     if sum(bool(x) for x in (cfg.steps, cfg.tokens, cfg.epochs)) > 1:
         problems.append("--steps, --tokens and --epochs exclude each other: give one (a --time-limit may stand beside it)")
     if cfg.resume and cfg.overwrite:

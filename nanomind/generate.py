@@ -1,6 +1,6 @@
 """Writing text: read the prompt once (prefill), then one token at a time from the cache (decode).
 In: a model, prompts as ids, how to choose. Out: the new ids, step by step, for one prompt or many at once.
-Next: nanomind/stages.py
+Next: nanomind/judge.py
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What a run is going to do, before it does it: length, parameters, memory; and one batch, token by token, to look at.
 In: a TrainConfig, a ModelConfig, the rows. Out: lines on the screen.
-Next: train.py
+Next: data_prep/distill.py
 """
 
 import math
@@ -19,11 +19,11 @@ def total_steps(cfg, rows):
     return None
 
 
-def show(cfg, model_config, available, model=None):
-    """Print parameters, length and memory: the first lines of a run, and all of --dry-run. available: tokens in the data (without a model: about)."""
+def show(cfg, name, model_config, available, model=None):
+    """Print parameters, length and memory: the first lines of a run, and all of --dry-run. name: of the preset or checkpoint; available: tokens in the data (without a model: about)."""
     total = model_config.parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if model else total
-    print(f"model      {cfg.preset}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.2f}M trainable; {model_config.num_hidden_layers} "
+    print(f"model      {name}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.2f}M trainable; {model_config.num_hidden_layers} "
           f"layers of {model_config.hidden_size}, vocabulary {model_config.vocab_size}")
     tokens = cfg.batch_size * cfg.accumulate * cfg.seq_len
     steps = total_steps(cfg, available / cfg.seq_len)

@@ -4,7 +4,7 @@ Next: nanomind/plan.py
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bpe
@@ -12,6 +12,7 @@ from data_prep import demo
 from data_prep.common import prepare
 from nanomind import bins
 from nanomind.checkpoint import load, load_model, read_tensors, write_tensors
+from nanomind.config import ModelConfig, read_json
 from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
 from nanomind.objectives import DPO, Distill, NextToken, reference_log_probs
@@ -93,57 +94,86 @@ def make_objective(cfg, stage, model, tokenizer, train, val, folder, machine):
     return stage.objective(run)
 
 
-def data_is_ready(cfg):
-    """Is there a data folder already, so that a dry run need not make one?"""
-    return bool(cfg.data) and (Path(cfg.data) / "meta.json").is_file()
+def parts(names):
+    """"a, b" -> [Path("a"), Path("b")]"""
+    return [Path(name.strip()) for name in names.split(",") if name.strip()]
+
+
+def prepared(cfg):
+    """The data folder that --data names, or None when it names raw files or nothing."""
+    paths = parts(cfg.data)
+    return paths[0] if len(paths) == 1 and any((paths[0] / name).is_file() for name in ("meta.json", "train/tokens.bin")) else None
 
 
 def estimated_tokens(cfg):
     """About how many tokens the raw files of a run will give (3.5 bytes of text make a token, a compressed byte holds four), for a dry run."""
     if not cfg.data:
         return BUILTIN_TOKENS
-    return sum(file.stat().st_size * (4 if file.suffix in (".gz", ".xz") else 1) for file in find_files(cfg.data.split(","))) / 3.5
+    return sum(file.stat().st_size * (4 if file.suffix in (".gz", ".xz") else 1) for file in find_files(parts(cfg.data))) / 3.5
 
 
 def find_data(cfg, stage, run_folder):
     """The data folder of a run: --data as it is, or made (once, into the run's folder) from raw files or the built-in corpus."""
-    if cfg.data and (Path(cfg.data) / "meta.json").is_file():
-        return bins.open_folder(cfg.data)
-    if cfg.data:
-        paths = [Path(part.strip()) for part in cfg.data.split(",")]
-        missing = [str(path) for path in paths if not path.exists()]
-        if missing:
-            raise FileNotFoundError(f"--data {', '.join(missing)}: not found; expected a data folder, or raw .txt and .jsonl files")
-    elif not stage.builtin:
-        raise ValueError(f"--stage {cfg.stage} needs --data: a data folder made by python -m data_prep.{stage.kind}, or raw files")
-    else:
-        folder = run_folder / "raw"
-        if not (folder / stage.builtin).is_file():
-            demo.write(folder)
-        paths = [folder / stage.builtin]
-    val = [Path(part.strip()) for part in cfg.val.split(",")] if cfg.val else None
-    files = sorted(str(file.resolve()) for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    if prepared(cfg):
+        if cfg.val:
+            raise ValueError(f"--val {cfg.val}: {cfg.data} is a data folder and holds its validation text already; --val goes with raw files")
+        folder = bins.open_folder(prepared(cfg))
+        if cfg.tokenizer and Tokenizer.load(cfg.tokenizer).hash != folder.tokenizer.hash:
+            raise ValueError(f"--tokenizer {cfg.tokenizer}: {cfg.data} was made with another one, which it holds: leave out --tokenizer")
+        return folder
+    paths, val = raw_files(cfg, stage, run_folder), find_files(parts(cfg.val)) if cfg.val else []
     tokenizer_folder = find_tokenizer(cfg, paths, run_folder)
-    facts = [Tokenizer.load(tokenizer_folder).hash, cfg.val] + [f"{file} {Path(file).stat().st_size} {Path(file).stat().st_mtime_ns}" for file in files]
-    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-    out = run_folder / "data" / f"{cfg.stage}-{key}"
+    out = run_folder / "data" / f"{cfg.stage}-{fingerprint(paths, 'validated on', *val, Tokenizer.load(tokenizer_folder).hash)}"
     if not (out / "meta.json").is_file():
-        prepare(stage.kind, paths, tokenizer_folder, out, val=val or ())
+        prepare(stage.kind, paths, tokenizer_folder, out, val=val)
     return bins.open_folder(out)
 
 
+def raw_files(cfg, stage, run_folder):
+    """The raw files of a run: those of --data, or the built-in corpus, which is written when it is not there yet."""
+    if cfg.data:
+        return find_files(parts(cfg.data))
+    if not stage.builtin:
+        raise ValueError(f"--stage {cfg.stage} needs --data: a data folder made by python -m data_prep.{stage.kind}, or raw files")
+    folder = run_folder / "raw"
+    if not (folder / stage.builtin).is_file():
+        demo.write(folder)
+    return [folder / stage.builtin]
+
+
+def fingerprint(paths, *more):
+    """A name for what is made of these files: another one as soon as a file, its size or its time changes. Paths among `more` count alike."""
+    facts = [f"{item.resolve()} {item.stat().st_size} {item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item) for item in (*paths, *more)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
 def find_tokenizer(cfg, paths, run_folder):
-    """--tokenizer, else that of the checkpoint the run starts from or of its teacher, else the run's own, trained on `paths` when it is not there."""
+    """--tokenizer, else that of the checkpoint the run starts from or of its teacher, else one learnt (once) from the raw files themselves."""
     if cfg.tokenizer:
         return Path(cfg.tokenizer)
     if "teacher" in STAGES[cfg.stage].flags:
         return teacher_folder(cfg)
     if find_init(cfg):
         return find_init(cfg)
-    folder = run_folder / "tokenizer"
+    folder = run_folder / f"tokenizer-{fingerprint(paths, cfg.vocab_size)}"
     if not (folder / "tokenizer.json").is_file():
         bpe.train(paths, cfg.vocab_size, log=print).save(folder)
     return folder
+
+
+def shape(cfg, preset_config, given):
+    """-> (ModelConfig of the model a run starts with, what to call it): that of its checkpoint, or the preset's."""
+    init = find_init(cfg)
+    if init is None:
+        return replace(preset_config, vocab_size=cfg.vocab_size), cfg.preset
+    if "preset" in given:
+        raise ValueError(f"--preset {cfg.preset}: the run starts from {init}, which has its shape: leave out --preset")
+    if not (init / "config.json").is_file():
+        raise FileNotFoundError(f"{init}: no config.json, expected a checkpoint folder (config.json, model.safetensors, tokenizer.json)")
+    config = ModelConfig.from_hf(read_json(init / "config.json"), str(init / "config.json"))
+    if cfg.seq_len > config.max_position_embeddings:
+        raise ValueError(f"--seq-len {cfg.seq_len}: the model in {init} is made for at most {config.max_position_embeddings} tokens")
+    return config, str(init)
 
 
 def build(cfg, model_config, tokenizer):
