@@ -73,6 +73,9 @@ def prepare(model, device="auto", precision="auto", threads=0):
     small = model.config.parameters() < 30e6 and machine.device.type == "cpu"
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and (small or machine.device.type == "mps")) else torch.bfloat16
     model.to(machine.device, dtype).eval()
+    for layer in model.model.layers:
+        layer.self_attn.fuse()
+        layer.mlp.fuse()
     return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
 
 

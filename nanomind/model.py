@@ -103,7 +103,17 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return NormFunction.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return NormFunction.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # computes in fp32 inside; one call, when one token is all there is
+
+
+def fuse(*projections):
+    """One (sum of rows, C) tensor of several projections' weights, which become views of it."""
+    joined = torch.cat([projection.weight.detach() for projection in projections])
+    for projection, part in zip(projections, joined.split([projection.out_features for projection in projections])):
+        projection.weight = nn.Parameter(part, requires_grad=False)
+    return joined
 
 
 class Attention(nn.Module):
@@ -117,13 +127,20 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.fused = config.qk_norm, None
+
+    def fuse(self):
+        """For writing: one product gives q, k and v. The three weights become views of one, so nothing is held twice."""
+        self.fused = fuse(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if self.fused is None:
+            q, k, v = (projection(x) for projection in projections)
+        else:
+            q, k, v = F.linear(x, self.fused).split([projection.out_features for projection in projections], dim=-1)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -155,8 +172,15 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fused = None
+
+    def fuse(self):
+        self.fused = fuse(self.gate_proj, self.up_proj)
 
     def forward(self, x):
+        if self.fused is not None:
+            gate, up = F.linear(x, self.fused).chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 

@@ -52,6 +52,19 @@ def test_cache_and_batch_change_nothing(model):
     assert text(model, prompts, 20) == expected
 
 
+def test_prepared_model_writes_the_same(model):
+    """Joining q, k, v and gate, up into one product each is only for speed: the greedy text must not change, and nothing may be held twice."""
+    import copy
+    from nanomind.generate import prepare
+    joined = copy.deepcopy(model)
+    size = sum(p.numel() for p in joined.parameters())
+    prepare(joined, "cpu", "fp32", 1)
+    assert text(joined, [[5, 7, 11], [3]], 20) == text(model, [[5, 7, 11], [3]], 20)
+    assert sum(p.numel() for p in joined.parameters()) == size
+    attention = joined.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.fused.untyped_storage().data_ptr()
+
+
 def test_greedy_equals_transformers(model, tmp_path):
     """The same folder, the same prompt, their generate and ours."""
     from transformers import AutoModelForCausalLM

@@ -43,6 +43,7 @@ def our_step(args, name):
     from nanomind.config import TrainConfig, settle
     from nanomind.data import PackedTokens
     from nanomind.model import LanguageModel
+    from nanomind.objectives import NextToken
 
     class Causal(LanguageModel):
         """Ignores documents: what the mask costs is the difference."""
@@ -66,7 +67,7 @@ def our_step(args, name):
     else:
         runner = model
     log = checkpoint.Log(Path(tempfile.mkdtemp()) / "log.jsonl")
-    trainer = train.Trainer(cfg, stages.STAGES["pretrain"], machine, tokenizer, model, runner, optim.Optimizer(model, cfg, machine.dtype), rows, None,
+    trainer = train.Trainer(cfg, stages.STAGES["pretrain"], NextToken(), machine, tokenizer, model, runner, optim.Optimizer(model, cfg, machine.dtype), rows, None,
                             Path("."), {"step": 0, "tokens": 0, "seconds": 0.0}, log, time.monotonic())
     return lambda step: trainer.take_step(step / cfg.steps)
 
