@@ -54,7 +54,7 @@ def main(given):
     # 3. data, model, objective
     model_config, name = stages.shape(cfg, model_config, given) if not saved else (model_config, str(folder))
     if cfg.dry_run and not stages.prepared(cfg):
-        return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg))
+        return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg), machine.rate)
     data = stages.find_data(cfg, stage, folder.parent)
     identity = {"tokenizer": data.meta["tokenizer"], "splits": data.meta["splits"]}
     if saved and saved[1]["data"] != identity:
@@ -66,14 +66,14 @@ def main(given):
     if name == cfg.preset:
         model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
     if cfg.dry_run:
-        return plan.show(cfg, name, model_config, train.used)
+        return plan.show(cfg, name, model_config, train.used, machine.rate)
     model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
     model.to(machine.device).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
     if saved:
         optimizer.load(saved[0])
-    plan.show(cfg, name, model.config, train.used, model)
+    plan.show(cfg, name, model.config, train.used, machine.rate, model)
 
     # 4. the loop
     if not saved:

@@ -16,6 +16,7 @@ class Device:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     reasons: str
+    rate: float = 0.0  # measured floating-point operations a second of matrix products in `dtype`; 0: not measured
 
     def autocast(self):
         """A context in which matrix products are done in `dtype`; weights, norms and losses stay fp32."""
@@ -46,13 +47,14 @@ def choose_device(name="auto", precision="auto", threads=0):
         return Device(device, torch.bfloat16 if fast else torch.float32, f"{why}, {'bf16' if fast else 'fp32 (no bf16 in this GPU)'}")
     if device.type != "cpu":
         return Device(device, torch.float32, f"{why}, fp32 (the safe choice on {device.type})")
-    gain = bf16_gain()
+    rates = product_rates()
+    gain = rates[torch.bfloat16] / rates[torch.float32]
     dtype = torch.bfloat16 if gain > 1.3 else torch.float32
-    return Device(device, dtype, f"{why}, {'bf16' if dtype == torch.bfloat16 else 'fp32'} (bf16 products measured {gain:.1f} times as fast)")
+    return Device(device, dtype, f"{why}, {'bf16' if dtype == torch.bfloat16 else 'fp32'} (bf16 products measured {gain:.1f} times as fast)", rates[dtype])
 
 
-def bf16_gain(size=1024, repeats=5):
-    """How many times faster this CPU multiplies bf16 matrices than fp32 ones; the best of a few tries of each, about 0.1 s in all."""
+def product_rates(size=1024, repeats=5):
+    """Operations a second of this CPU's fp32 and bf16 matrix products, {dtype: rate}; the best of a few tries of each, about 0.1 s in all."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(size, size, dtype=dtype)
@@ -63,7 +65,7 @@ def bf16_gain(size=1024, repeats=5):
             x @ x
             times.append(time.perf_counter() - began)
         best[dtype] = min(times)
-    return best[torch.float32] / best[torch.bfloat16]
+    return {dtype: 2 * size**3 / seconds for dtype, seconds in best.items()}
 
 
 def peak_memory(device):

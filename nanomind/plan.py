@@ -19,8 +19,9 @@ def total_steps(cfg, rows):
     return None
 
 
-def show(cfg, name, model_config, available, model=None):
-    """Print parameters, length and memory: the first lines of a run, and all of --dry-run. name: of the preset or checkpoint; available: tokens in the data (without a model: about)."""
+def show(cfg, name, model_config, available, rate, model=None):
+    """Print parameters, length and memory: the first lines of a run, and all of --dry-run. name: of the preset or checkpoint; available: tokens in the data (without a model: about);
+    rate: measured operations a second of matrix products, or 0."""
     total = model_config.parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if model else total
     print(f"model      {name}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.2f}M trainable; {model_config.num_hidden_layers} "
@@ -31,6 +32,9 @@ def show(cfg, name, model_config, available, model=None):
     length += [f"{cfg.time_limit:g} minutes"] if cfg.time_limit else []
     print(f"length     {' or '.join(length)}; {tokens:,} tokens a step ({cfg.accumulate} x {cfg.batch_size} rows of {cfg.seq_len}), "
           f"{'' if model else 'about '}{available / 1e6:.1f}M tokens in the data")
+    if rate and steps:
+        work = 6 * model_config.parameters() + 6 * model_config.num_hidden_layers * cfg.seq_len * model_config.num_attention_heads * model_config.head_dim
+        print(f"time       about {clock(steps * tokens * work / (0.5 * rate))} (half of the measured {rate / 1e9:,.0f} GFLOP/s; the first steps say more)")
     print(f"memory     about {memory_estimate(cfg, model_config) / 2**20:,.0f} MB for weights, gradients, optimiser and activations")
 
 
