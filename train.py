@@ -5,6 +5,7 @@ Next: sample.py
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 
 import torch
 
-from nanomind import checkpoint, device, generate, judge, optim, plan, stages
+from nanomind import checkpoint, device, generate, judge, optim, parallel, plan, stages
 
 KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch")
 
@@ -46,16 +47,22 @@ def main(given):
     elif cfg.resume:
         print(f"nothing to resume in {folder}: starting afresh")
 
-    # 2. the machine
+    # 2. the machine, and the processes that share the work
+    group = parallel.join()
+    if cfg.accumulate % group.world:
+        raise ValueError(f"--accumulate {cfg.accumulate}: {group.world} processes cannot share it evenly; give a multiple of {group.world}")
+    if group.rank:
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
     precision = cfg.precision if not saved else "bf16" if "bfloat16" in saved[1]["precision"] else "fp32"
-    machine = device.choose_device(cfg.device, precision, cfg.threads)
+    machine = device.choose_device(cfg.device, precision, cfg.threads, group)
     print(f"machine    {machine.reasons}")
 
     # 3. data, model, objective
     model_config, name = stages.shape(cfg, model_config, given) if not saved else (model_config, str(folder))
     if cfg.dry_run and not stages.prepared(cfg):
         return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg), machine.rate)
-    data = stages.find_data(cfg, stage, folder.parent)
+    with group.first():
+        data = stages.find_data(cfg, stage, folder.parent)
     identity = {"tokenizer": data.meta["tokenizer"], "splits": data.meta["splits"]}
     if saved and saved[1]["data"] != identity:
         raise ValueError(f"{data.path}: not the data this run was trained on; --run NAME --init {folder} starts a new one from its weights")
@@ -76,16 +83,20 @@ def main(given):
     plan.show(cfg, name, model.config, train.used, machine.rate, model)
 
     # 4. the loop
-    if not saved:
+    if not saved and not group.rank:
         for old in ("model.safetensors", "log.jsonl", "reference.safetensors"):
             (folder / old).unlink(missing_ok=True)
         checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat)
     state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "final_seconds": 0.0, "precision": str(machine.dtype),
                                     "config": asdict(cfg), "data": identity}
-    log = checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
-    objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
-    trainer = Trainer(cfg, stage, objective, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started)
-    return trainer.run()
+    log = None if group.rank else checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
+    with group.first():
+        objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
+    trainer = Trainer(cfg, stage, objective, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started, group)
+    try:
+        return trainer.run()
+    finally:
+        parallel.leave()
 
 
 def resumed_config(cfg, given, progress, folder):
@@ -105,10 +116,11 @@ def resumed_config(cfg, given, progress, folder):
 class Trainer:
     """What the loop carries from step to step. `state` is what a save stores as JSON: step, tokens, seconds and the run's settings."""
 
-    def __init__(self, cfg, stage, objective, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started):
+    def __init__(self, cfg, stage, objective, machine, tokenizer, model, runner, optimizer, train, val, folder, state, log, started,
+                 group=parallel.Group()):
         self.cfg, self.stage, self.machine, self.tokenizer, self.model, self.runner = cfg, stage, machine, tokenizer, model, runner
         self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
-        self.objective, self.steps = objective, plan.total_steps(cfg, train.rows)
+        self.objective, self.steps, self.group = objective, plan.total_steps(cfg, train.rows), group
         self.started = started - state["seconds"]  # the runs before this one count
         self.step_share, self.stop_asked = 0.0, False
 
@@ -150,10 +162,10 @@ class Trainer:
             self.evaluate(cfg.eval_tokens)
         elif self.progress() >= 1:
             return print(f"already finished: {state['step']} steps; a longer --steps, --tokens, --epochs or --time-limit goes on")
-        bar = tqdm(total=self.steps, initial=state["step"], disable=None, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=self.steps, initial=state["step"], disable=True if self.group.rank else None, unit="step", dynamic_ncols=True)
         began, first, first_tokens = time.monotonic(), self.progress(), state["tokens"]
         next_line = began + 5  # without a terminal the bar is quiet: a line after 5 seconds, then one a minute
-        while (begin := self.progress()) < 1 and not self.stop_asked:
+        while (begin := self.agree()) < 1 and not self.stop_asked:
             loss = self.take_step(begin)
             end, now = self.progress(), time.monotonic()
             self.step_share = end - begin
@@ -179,6 +191,13 @@ class Trainer:
             print(f"done: {state['step']:,} steps, {state['tokens'] / 1e6:.2f}M tokens in {plan.clock(self.seconds())}, "
                   f"peak memory {device.peak_memory(self.machine.device):,.0f} MB; saved in {self.folder}")
 
+    def agree(self):
+        """Where the run stands, by the clock of the first process; a wish to stop in any process is everybody's."""
+        first = self.group.rank == 0
+        at, self.step_share, stop = self.group.total(self.progress() * first, self.step_share * first, self.stop_asked)
+        self.stop_asked = bool(stop)
+        return at
+
     def due(self, begin, end, every):
         """Is it time? Every so many steps, or (0) whenever another tenth of the run is done."""
         return self.state["step"] % every == 0 if every else int(10 * begin) != int(10 * end)
@@ -187,16 +206,18 @@ class Trainer:
         """One optimiser step over `accumulate` micro-batches -> mean loss per target. The loss is a sum until it is divided, once, by
         the number of targets of the whole step, so how the rows are split into micro-batches changes nothing."""
         state, cfg, started = self.state, self.cfg, time.monotonic()
-        batches = [self.train.batch(state["step"], i, cfg.accumulate) for i in range(cfg.accumulate)]
-        targets = max(1, sum(batch.n_targets for batch in batches))
-        total, sums = 0.0, {}
+        batches = [self.train.batch(state["step"], i, cfg.accumulate) for i in range(self.group.rank, cfg.accumulate, self.group.world)]
+        targets, tokens = self.group.total(sum(batch.n_targets for batch in batches), sum(int((batch.doc_ids >= 0).sum()) for batch in batches))
+        targets, tokens, total, sums = max(1, int(targets)), int(tokens), 0.0, {}
         for batch in batches:
             with self.machine.autocast():
                 loss, metrics = self.objective(self.runner, batch.to(self.machine.device))
-            (loss / targets).backward()
+            with self.group.summing(self.optimizer.names, last=batch is batches[-1]):
+                (loss / targets).backward()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
+        total, *values = self.group.total(total, *sums.values())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise ValueError(f"step {state['step'] + 1}: loss {total / targets}, gradient norm {norm}: not finite, stopped before the weights were "
@@ -204,13 +225,12 @@ class Trainer:
                              + (f", or go on from the last good save with --init {self.folder}" if (self.folder / "model.safetensors").is_file() else ""))
         scale = optim.schedule(begin, self.step_end(begin), cfg.warmup, cfg.decay)
         self.optimizer.step(scale)
-        tokens = sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
         state["step"] += 1
         state["tokens"] += tokens
         state["seconds"] = self.seconds()
-        self.log.write({"step": state["step"], "tokens": state["tokens"], "loss": total / targets, "lr": cfg.lr * scale, "grad_norm": norm,
-                        **{name: value / targets for name, value in sums.items()}, "seconds": round(state["seconds"], 2),
-                        "tokens_per_second": round(tokens / (time.monotonic() - started))})
+        self.record({"step": state["step"], "tokens": state["tokens"], "loss": total / targets, "lr": cfg.lr * scale, "grad_norm": norm,
+                     **{name: value / targets for name, value in zip(sums, values)}, "seconds": round(state["seconds"], 2),
+                     "tokens_per_second": round(tokens / (time.monotonic() - started))})
         return total / targets
 
     def step_end(self, begin):
@@ -218,8 +238,8 @@ class Trainer:
         return max((self.state["step"] + 1) / self.steps if self.steps else 0.0, begin + self.step_share if self.cfg.time_limit else 0.0)
 
     def evaluate(self, tokens, last=False):
-        """Validate, print and log."""
-        if self.val is None:
+        """Validate, print and log; the first process does it for all."""
+        if self.val is None or self.group.rank:
             return
         began = time.monotonic()
         self.model.eval()
@@ -234,12 +254,14 @@ class Trainer:
             self.model.eval()
             record.update(judge.judge(self.model, self.tokenizer, self.val.split))
             self.model.train()
-        self.log.write(record)
+        self.record(record)
         print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
         self.state["final_seconds"] = 5 * (time.monotonic() - began)  # room for the last one, four times as long, and the save behind it
 
     def sample(self):
         """Print what the model writes now."""
+        if self.group.rank:
+            return
         self.model.eval()
         stop = {self.tokenizer.end_of_text, self.tokenizer.im_end}
         for prompt in self.stage.prompts:
@@ -249,7 +271,13 @@ class Trainer:
             print(f"    {prompt} > {' '.join(text.split())}", flush=True)
         self.model.train()
 
+    def record(self, values):
+        if not self.group.rank:
+            self.log.write(values)
+
     def save(self):
+        if self.group.rank:
+            return
         self.state["seconds"] = self.seconds()
         checkpoint.save(self.folder, self.model, self.optimizer, self.state)
 

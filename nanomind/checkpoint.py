@@ -1,6 +1,6 @@
 """Checkpoints: a Hugging Face folder that can also be trained on.
 In: a model, its tokenizer, an optimiser, a few numbers. Out: config.json, model.safetensors, tokenizer.json, state-STEP.safetensors, log.jsonl.
-Next: nanomind/device.py
+Next: nanomind/parallel.py
 
 Only safetensors and JSON: reading a folder never runs code from it. A save is one atomic rename: the optimiser's state goes first into a file
 of its own name, then model.safetensors, whose header says which step it is, takes the place of the old one. Killed at any moment, the folder

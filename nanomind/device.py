@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nanomind.parallel import Group
+
+
 @dataclass(frozen=True)
 class Device:
     device: torch.device
@@ -23,10 +26,10 @@ class Device:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
 
 
-def choose_device(name="auto", precision="auto", threads=0):
-    """-> Device. bf16 is used where it is measured (CPU) or known (CUDA) to be fast: a CPU may list AVX512-BF16 and still be slower with it."""
+def choose_device(name="auto", precision="auto", threads=0, group=Group()):
+    """-> Device, one of those on this computer for each process of `group`. bf16 is used where it is measured (CPU) or known (CUDA) to be fast: a CPU may list AVX512-BF16 and still be slower with it."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = f"cuda:{group.local}" if group.world > 1 and torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         why = f"{name} (the best there is)"
     else:
         why = f"{name} (as asked)"
@@ -36,8 +39,8 @@ def choose_device(name="auto", precision="auto", threads=0):
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"--device {name}: {str(problem).splitlines()[0]}; try --device cpu") from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or cores)
-    why += f", {torch.get_num_threads()} threads"
+    torch.set_num_threads(threads or max(1, cores // group.local_world))
+    why += (f", process {group.rank} of {group.world}" if group.world > 1 else "") + f", {torch.get_num_threads()} threads"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if precision != "auto":
@@ -48,7 +51,7 @@ def choose_device(name="auto", precision="auto", threads=0):
     if device.type != "cpu":
         return Device(device, torch.float32, f"{why}, fp32 (the safe choice on {device.type})")
     rates = product_rates()
-    gain = rates[torch.bfloat16] / rates[torch.float32]
+    gain = group.total(rates[torch.bfloat16] / rates[torch.float32])[0] / group.world  # all processes must come to the same choice
     dtype = torch.bfloat16 if gain > 1.3 else torch.float32
     return Device(device, dtype, f"{why}, {'bf16' if dtype == torch.bfloat16 else 'fp32'} (bf16 products measured {gain:.1f} times as fast)", rates[dtype])
 
