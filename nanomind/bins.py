@@ -5,9 +5,16 @@ the tokenizer, and meta.json, which is written last: a folder that an interrupte
     tokens.bin  uint16 or uint32   3 ids ... | 3 ids ... | 3 ids ...     every document begins with <|endoftext|>
     starts.bin  int64              0           5           9             where in tokens.bin
     mask.bin    uint8              0 0 1 ... | 0 0 1 ... | ...           1: this token is a target
+
+With images (kind "images") a <|endoftext|> inside a document stands for one; no text can produce that id there. Besides:
+
+    images.bin        uint8        the image files, one after the other, equal ones once
+    image_starts.bin  int64        where each begins
+    refs.bin          int64        for every slot, in the order of the tokens, the number of its image
 Next: data_prep/common.py
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -46,8 +53,12 @@ class Writer:
             if leftover.exists():
                 shutil.rmtree(leftover)
         self.totals = {split: {"documents": 0, "tokens": 0, "bytes": 0, "targets": 0, "largest_id": 0} for split in SPLITS}
-        self.files = {}
+        self.files, self.known = {}, {}  # known: (split, digest of an image) -> its number
         names = ("tokens", "starts", "mask") if mask else ("tokens", "starts")
+        if kind == "images":
+            names += ("images", "image_starts", "refs")
+            for total in self.totals.values():
+                total.update({"images": 0, "image_bytes": 0, "slots": 0})
         for split in SPLITS:
             (self.temporary / split).mkdir(parents=True)
             for name in names:
@@ -58,8 +69,9 @@ class Writer:
             self.__exit__(type(problem), problem, None)
             raise
 
-    def add(self, split, ids, starts, mask=None):
-        """Append documents: `ids` of all of them in a row, `starts` of each within `ids` (the first is 0), `mask` like ids."""
+    def add(self, split, ids, starts, mask=None, images=()):
+        """Append documents: `ids` of all of them in a row, `starts` of each within `ids` (the first is 0), `mask` like ids; `images`: the
+        bytes of the image file for each slot."""
         assert (mask is not None) == self.mask and len(starts) and starts[0] == 0
         total = self.totals[split]
         self.files[split, "tokens"].write(ids.astype(self.dtype).data)
@@ -67,11 +79,26 @@ class Writer:
         if self.mask:
             assert len(mask) == len(ids)
             self.files[split, "mask"].write(mask.astype(np.uint8).data)
+        if self.kind == "images":
+            assert len(images) + len(starts) == np.count_nonzero(ids == self.tokenizer.end_of_text), "an image for every slot"
+            self.files[split, "refs"].write(np.array([self._image(split, data) for data in images], "<i8").data)
+            total["slots"] += len(images)
         total["documents"] += len(starts)
         total["tokens"] += len(ids)
         total["bytes"] += int(self.token_lengths[ids].sum())  # the tokenizer loses nothing: these are the text's UTF-8 bytes
         total["targets"] += int(mask.sum()) if self.mask else len(ids)
         total["largest_id"] = max(total["largest_id"], int(ids.max()))
+
+    def _image(self, split, data):
+        """The number of an image file, written when it is new."""
+        total, digest = self.totals[split], (split, hashlib.sha256(data).digest())
+        if digest not in self.known:
+            self.known[digest] = total["images"]
+            self.files[split, "images"].write(data)
+            self.files[split, "image_starts"].write(np.array([total["image_bytes"]], "<i8").data)
+            total["images"] += 1
+            total["image_bytes"] += len(data)
+        return self.known[digest]
 
     def close(self, sources=(), skipped=None):
         """Finish: sync everything to the disk, write meta.json, move the folder to its place."""
@@ -130,6 +157,9 @@ class Split:
     tokens: np.ndarray  # [tokens], memory-mapped, uint16 or uint32
     starts: np.ndarray  # [documents], int64
     mask: np.ndarray | None  # [tokens], memory-mapped, uint8; None: every token is a target
+    images: np.ndarray | None = None  # [bytes], memory-mapped, uint8; None: a folder without images
+    image_starts: np.ndarray | None = None  # [images], int64
+    refs: np.ndarray | None = None  # [slots], int64: numbers of images
 
     def __len__(self):
         return len(self.starts)
@@ -137,6 +167,11 @@ class Split:
     @property
     def lengths(self):
         return np.diff(self.starts, append=len(self.tokens))
+
+    def image(self, number):
+        """The bytes of an image file."""
+        end = self.image_starts[number + 1] if number + 1 < len(self.image_starts) else len(self.images)
+        return self.images[self.image_starts[number]:end].tobytes()
 
 
 @dataclass(frozen=True)
@@ -150,7 +185,7 @@ class Folder:
 
 def open_folder(path):
     """Open and verify a data folder. Each thing that can be wrong is one clear ValueError (FileNotFoundError: no folder)."""
-    again = "make it again with python -m data_prep.text (chat, pairs) --overwrite"
+    again = "make it again with python -m data_prep.text (chat, pairs, images) --overwrite"
     folder = Path(path).resolve()
     _beside(folder)
     if not folder.is_dir():
@@ -169,8 +204,9 @@ def open_folder(path):
         if total["largest_id"] >= tokenizer.vocab_size:
             raise ValueError(f"{path}/{split}: token id {total['largest_id']} is outside the vocabulary of {tokenizer.vocab_size}; {again}")
         arrays = []
-        for name, dtype, count in (("tokens", meta["dtype"], "tokens"), ("starts", "<i8", "documents"), ("mask", "uint8", "tokens")):
-            if name == "mask" and not meta["mask"]:
+        for name, dtype, count in (("tokens", meta["dtype"], "tokens"), ("starts", "<i8", "documents"), ("mask", "uint8", "tokens"),
+                                   ("images", "uint8", "image_bytes"), ("image_starts", "<i8", "images"), ("refs", "<i8", "slots")):
+            if name == "mask" and not meta["mask"] or count not in total:
                 arrays.append(None)
                 continue
             file, expected = folder / split / f"{name}.bin", total[count] * np.dtype(dtype).itemsize
@@ -179,6 +215,8 @@ def open_folder(path):
                 raise ValueError(f"{path}/{split}/{name}.bin: {size:,} bytes where meta.json says {expected:,}: cut off or changed; {again}")
             arrays.append(np.memmap(file, np.dtype(dtype), "r") if size else np.zeros(0, dtype))  # nothing cannot be mapped
         arrays[1] = np.array(arrays[1])
+        if arrays[5] is not None and len(arrays[5]) and not 0 <= arrays[5].min() <= arrays[5].max() < total["images"]:
+            raise ValueError(f"{path}/{split}/refs.bin: names an image that is not in images.bin; {again}")
         if len(arrays[1]) and (arrays[1][0] != 0 or np.any(np.diff(arrays[1], append=total["tokens"]) <= 0)):
             raise ValueError(f"{path}/{split}/starts.bin: the document starts do not ascend from 0; {again}")
         splits.append(Split(*arrays))

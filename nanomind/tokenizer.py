@@ -16,7 +16,6 @@ from nanomind import tokenizer_json
 from nanomind.word_encoder import WordEncoder
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
-IMAGE_PAD = "<|image_pad|>"  # id 3 where a model sees images
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -29,7 +28,7 @@ class Tokenizer:
     """A byte-level BPE tokenizer.
 
     vocab_size    largest id + 1
-    special       {text: id} of the control tokens; end_of_text, im_start, im_end, image_pad: the id or None
+    special       {text: id} of the control tokens; end_of_text, im_start, im_end: the id or None
     begin         the id that opens a text (ours: that of <|endoftext|>), None where a model wants none
     token_bytes   for every id the bytes it stands for, b"" for a control token
     merges        [(left id, right id, new id)] in order; byte_ids: the ids of the bytes 0..255
@@ -53,7 +52,6 @@ class Tokenizer:
         self.end_of_text = self.special.get(SPECIALS[0], self.special.get(end))
         self.begin = self.special.get(begin)
         self.im_start, self.im_end = (self.special.get(text) for text in SPECIALS[1:])
-        self.image_pad = self.special.get(IMAGE_PAD)
 
     def _read_tokens(self, merges):
         """From the printable tokens of the file to bytes, and from pairs of tokens to pairs of ids."""
@@ -179,15 +177,21 @@ class Tokenizer:
         """Ids and loss mask of a conversation: per turn `<|im_start|>role\\ncontent<|im_end|>\\n`.
 
         The mask is 1 on what the model has to say: assistant content and its `<|im_end|>`. Content is never changed, and encoded
-        on its own with specials off; no text can end its turn or change the mask."""
+        on its own with specials off; no text can end its turn or change the mask. Content may also be a list of texts and None, the place
+        of an image: one `<|endoftext|>`, which no text can be."""
         ids, mask = [], []
         for number, message in enumerate(messages):
             role, content = _check(message, number)
-            head, body = self._turn(role), self.encode(content) + [self.im_end]
+            head, body = self._turn(role), self._content(content) + [self.im_end]
             tail = self.encode("\n")
             ids += head + body + tail
             mask += [0] * len(head) + [int(role == "assistant")] * len(body) + [0] * len(tail)
         return ids, mask
+
+    def _content(self, content):
+        if isinstance(content, str):
+            return self.encode(content)
+        return [i for part in content for i in ([self.end_of_text] if part is None else self.encode(part))]
 
     def render_prompt(self, messages):
         """Ids of a conversation that waits for the answer: ends with `<|im_start|>assistant\\n`."""
@@ -245,8 +249,10 @@ def _read_json(file):
 
 
 def _check(message, number):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = isinstance(content, list) and message.get("role") == "user" and all(part is None or isinstance(part, str) for part in content)
+    if not isinstance(content, str) and not parts:
         raise ValueError(f"message {number} is {str(message)[:80]!r}, expected {{'role': ..., 'content': text}}")
     if message.get("role") not in ROLES:
         raise ValueError(f"message {number} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
-    return message["role"], message["content"]
+    return message["role"], content
