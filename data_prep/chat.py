@@ -23,7 +23,7 @@ def items(reader):
     for where, record, name in recognised(reader, FORMATS):
         try:
             messages = checked(to_messages(record, name))
-        except (ValueError, TypeError) as problem:  # TypeError: a number where a text is expected
+        except ValueError as problem:
             reader.reject(where, *problem.args)
         else:
             yield first_question(messages), messages, sum(len(message["content"]) for message in messages)
@@ -47,17 +47,17 @@ def knowing(tokenizer, conversations):
 
 
 def recognised(reader, formats):
-    """(where, record, name of the format); the first record that fits a format decides for its whole file."""
+    """(where, record, name of the format); the first record that fits a format decides for its whole file, unless it has no turns: that fits several."""
     file = name = None
     for where, record in reader:
         if where.rpartition(":")[0] != file:
             file, name = where.rpartition(":")[0], None
         fitting = [each for each, (fields, of_message) in formats.items() if fits(record, fields, of_message)]
-        if name is None and fitting:
+        if name is None and fitting and record[formats[fitting[0]][0][0]] != []:
             name = fitting[0]
             print(f"{file}: {name} format")
-        if name in fitting:
-            yield where, record, name
+        if fitting and name in (None, *fitting):
+            yield where, record, name or fitting[0]
         else:
             expected = {name: formats[name]} if name else formats
             expected = "; ".join(f"{shape(dict.fromkeys(fields, [dict.fromkeys(inner)]))} ({each})" for each, (fields, inner) in expected.items())
@@ -65,10 +65,12 @@ def recognised(reader, formats):
 
 
 def fits(record, fields, of_message):
+    """Are the fields there, and is the first a list of such messages? Roles go by order only where no message names its own."""
     if not all(field in record for field in fields):
         return False
     turns = record[fields[0]]
-    return not of_message or isinstance(turns, list) and all(isinstance(turn, dict) and all(map(turn.__contains__, of_message)) for turn in turns)
+    return not of_message or isinstance(turns, list) and all(
+        isinstance(turn, dict) and all(map(turn.__contains__, of_message)) and ("role" not in turn or of_message != ("content",)) for turn in turns)
 
 
 def shape(record):
@@ -80,8 +82,12 @@ def shape(record):
 def to_messages(record, name):
     """A record of any format as [{"role", "content"}]."""
     if name == "Alpaca":
-        question = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
-        texts = [text for pair in record.get("history") or [] for text in pair] + [question, record["output"]]
+        parts, history = [part for part in (record["instruction"], record.get("input")) if part], record.get("history") or []
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("instruction or input is no text")
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise ValueError("history is no list of [question, answer] pairs")
+        texts = [text for pair in history for text in pair] + ["\n".join(parts), record["output"]]
     else:
         turns = record[FORMATS[name][0][0]]
         texts = [turn["value" if name == "ShareGPT" else "content"] for turn in turns]

@@ -1,14 +1,16 @@
 """Lets a teacher answer questions, as training data for a student: python -m data_prep.distill --teacher FOLDER --prompts FILE --out FILE
-In: a checkpoint folder, and files with conversations or {"prompt": text} objects. Out: a .jsonl file of conversations that
-end with the teacher's own answer, for data_prep.chat and --stage sft. Answers that did not end by themselves are left out and counted.
+In: a checkpoint folder, and files with conversations (any format of data_prep.chat) or {"prompt": text}. Out: a .jsonl file of
+conversations that end with the teacher's own answer, for --stage sft. Answers that did not end by themselves are left out and counted.
 Next: train.py
 """
 
 import argparse
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
+from data_prep.chat import FORMATS, checked, recognised, to_messages
 from nanomind.cli import keep_memory, run
 
 
@@ -17,6 +19,7 @@ def main():
     parser.add_argument("--teacher", required=True, metavar="FOLDER", help="checkpoint folder that answers")
     parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="conversations (their last answer is replaced) or {\"prompt\": text}")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write; an unfinished one is gone on with")
+    parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="share of bad records that is still put up with (default: 0.01)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
@@ -24,57 +27,95 @@ def main():
     args = parser.parse_args()
     if Path(args.out).exists():
         raise ValueError(f"{args.out} exists already: choose another --out")
+    if Path(args.out).suffix != ".jsonl":
+        raise ValueError(f"--out {args.out}: expected a name ending in .jsonl, as data_prep.chat reads it")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise ValueError(f"--batch-size {args.batch_size}, --max-new-tokens {args.max_new_tokens}: expected at least 1 of each")
     keep_memory(["-m", "data_prep.distill"])
     return write_answers(args)
 
 
 def write_answers(args):
+    """Batch after batch is added to OUT.part, a line per question: the conversation, or why there is none. At the end the conversations become OUT."""
     from tqdm import tqdm
 
     from nanomind import checkpoint, generate, judge
-    from nanomind.records import Reader
 
-    model, tokenizer = checkpoint.load(args.teacher)
-    print(f"{args.teacher}: {generate.prepare(model)}")
-    chats = [conversation(record) for _, record in Reader(args.prompts)]
-    chats = [chat for chat in chats if chat]
-    stop = {tokenizer.end_of_text, tokenizer.im_end} - {None}
+    chats = questions(args)
     sampling = generate.Sampling(temperature=args.temperature, repetition_penalty=1.0, seed=args.seed)
+    model, tokenizer = checkpoint.load(args.teacher)
     limit = model.config.max_position_embeddings - args.max_new_tokens
+    if limit < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: the teacher sees {model.config.max_position_embeddings} tokens, the question included")
+    print(f"{args.teacher}: {generate.prepare(model)}")
+    stop = {tokenizer.end_of_text, tokenizer.im_end} - {None}
     part = Path(args.out + ".part")
-    done = part.read_text(encoding="utf-8").count("\n") if part.exists() else 0
-    done -= done % args.batch_size  # a batch is written as a whole, the last one perhaps not
-    keep = "".join(part.read_text(encoding="utf-8").splitlines(keepends=True)[:done]) if done else ""
-    with open(part, "w", encoding="utf-8") as file, tqdm(total=len(chats), initial=done, disable=None, unit="answer") as bar:
-        file.write(keep)
+    file, done = begin(part, args)
+    with file, tqdm(total=len(chats), initial=min(done, len(chats)), disable=None, unit="answer") as bar:
         for at in range(done, len(chats), args.batch_size):
             batch = chats[at:at + args.batch_size]
             prompts = [([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.render_prompt(chat) for chat in batch]
             fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
             found = dict(zip(fitting, judge.answers(model, [prompts[i] for i in fitting], args.max_new_tokens, stop, sampling, args.batch_size)))
             for i, chat in enumerate(batch):
-                ids, ended = found.get(i, ([], False))
+                ids, ended = found.get(i, ([], None))
                 answer = tokenizer.decode(ids)
-                good = ended and answer.strip()
-                file.write((json.dumps({"conversations": [*chat, {"role": "assistant", "content": answer}]}, ensure_ascii=False) if good else "") + "\n")
+                problem = "question too long" if ended is None else "did not end" if not ended else "empty" if not answer.strip() else None
+                line = problem or {"conversations": [*chat, {"role": "assistant", "content": answer}]}
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
             file.flush()
             bar.update(len(batch))
-    lines = [line for line in part.read_text(encoding="utf-8").splitlines() if line]
-    finished = Path(args.out + ".tmp")
-    finished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(finished, args.out)
+    finish(part, args)
+
+
+def questions(args):
+    """The conversations to be answered, each up to its last question."""
+    from nanomind.records import Reader
+
+    reader, chats = Reader(args.prompts, args.max_bad), []
+    for where, record, name in recognised(reader, {**FORMATS, "prompts": (("prompt",), ())}):
+        try:
+            chat = [{"role": "user", "content": record["prompt"]}] if name == "prompts" else to_messages(record, name)
+            while chat and chat[-1]["role"] == "assistant":
+                chat = chat[:-1]
+            chats.append(checked([*chat, {"role": "assistant", "content": "?"}])[:-1])
+        except ValueError as problem:
+            reader.reject(where, *problem.args)
+    if reader.bad:
+        print(reader.explain())
+    return chats
+
+
+def begin(part, args):
+    """Open OUT.part for writing on. -> (file, questions done). Its first line tells what it was begun with; a batch that is not whole is cut off."""
+    from nanomind.records import find_files
+    from nanomind.stages import fingerprint
+
+    mark = fingerprint([Path(args.teacher) / "model.safetensors", *find_files(args.prompts)], args.batch_size, args.max_new_tokens, args.temperature, args.seed)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # what follows the last line end is half a line
+    if lines and lines[0] != mark.encode():
+        raise ValueError(f"{part} was begun with another teacher, other prompts or settings: give those again, delete it or choose another --out")
+    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
+    kept = b"".join(line + b"\n" for line in [mark.encode(), *lines[1:1 + done]])
+    file = open(part, "r+b" if lines else "wb")
+    file.write(kept)
+    file.truncate()
+    return file, done
+
+
+def finish(part, args):
+    lines = [json.loads(line) for line in part.read_bytes().split(b"\n")[1:-1]]
+    answers, left_out = [line for line in lines if isinstance(line, dict)], Counter(line for line in lines if isinstance(line, str))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+    if answers:
+        beside = Path(args.out + ".tmp")
+        beside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8", newline="\n")
+        os.replace(beside, args.out)
     part.unlink()
-    print(f"{args.out}: {len(lines):,} answers; {len(chats) - len(lines):,} left out (too long, empty, or they did not end)")
-
-
-def conversation(record):
-    """A record -> its messages up to the last question, or None when there is none."""
-    if isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}]
-    messages = record.get("conversations") or record.get("messages") or []
-    while messages and messages[-1].get("role") != "user":
-        messages = messages[:-1]
-    return [{"role": m["role"], "content": m["content"]} for m in messages] or None
+    if not answers:
+        raise ValueError(f"none of the {len(lines):,} answers can be used ({reasons}): try more than --max-new-tokens {args.max_new_tokens} or another teacher")
+    print(f"{args.out}: {len(answers):,} answers" + f"; left out: {reasons}" * bool(left_out))
 
 
 if __name__ == "__main__":

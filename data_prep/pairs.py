@@ -22,7 +22,7 @@ def items(reader):
                 raise ValueError("chosen and rejected have different prompts")
             if chosen[-1] == rejected[-1]:
                 raise ValueError("chosen and rejected are the same answer")
-        except (ValueError, TypeError) as problem:  # TypeError: a number where a text is expected
+        except ValueError as problem:
             reader.reject(where, *problem.args)
         else:
             yield first_question(chosen), (chosen, rejected), sum(len(message["content"]) for message in chosen + rejected)
@@ -39,11 +39,11 @@ def encode(tokenizer, items):
 
 
 def conversation(record, side):
-    """Prompt and answer as one list of messages; a prompt field is used where the answer does not bring its question along."""
+    """Prompt and answer as one list of messages; a prompt field is used where the answer does not bring its question along. system: optional."""
     answer = messages(record[side], "assistant")
-    if any(message["role"] == "user" for message in answer):
-        return answer
-    return messages(record.get("prompt", []), "user") + answer
+    if not any(message["role"] == "user" for message in answer):
+        answer = messages(record.get("prompt", []), "user") + answer
+    return messages(record.get("system") or [], "system") + answer
 
 
 def messages(value, role):
