@@ -1,7 +1,7 @@
 """Learns a byte-level BPE tokenizer from raw text, and shows how one splits text.
 In: .txt, .jsonl or .json files (also .gz, .xz) or folders. Out: a folder with tokenizer.json (the same file, to the byte, that Hugging
 Face `tokenizers` makes of these texts), tokenizer_config.json with the chat template, and vocab.txt to read.
-Next: nanomind/bins.py
+Next: nanomind/images.py
 
     python bpe.py train FILES... --vocab-size 6400 --out DIR
     python bpe.py show DIR [TEXT]
@@ -34,7 +34,6 @@ def main():
     learn.add_argument("--pattern", choices=("gpt2", "gpt4"), default="gpt2",
                        help="how text is cut into words; gpt4: numbers in groups of up to 3 digits (gpt2)")
     learn.add_argument("--min-frequency", type=int, default=0, help="merge no pair that is rarer (0)")
-    learn.add_argument("--image-token", action="store_true", help="one more special token, <|image_pad|>, for models that see images")
     learn.add_argument("--memory", type=float, metavar="GB", help="use at most so much memory (3/4 of what is free)")
     learn.add_argument("--max-bad", type=float, default=0.01, help="share of bad records that is tolerated (0.01)")
     show = commands.add_parser("show", help="show how a tokenizer splits text, and how well it compresses")
@@ -45,18 +44,18 @@ def main():
         return print_split(args.folder, args.text)
     if Path(args.out).exists() and not Path(args.out).is_dir():  # said now, not when the work is done
         raise ValueError(f"{args.out}: this is a file; --out needs the name of a folder")
-    tokenizer = train(args.files, args.vocab_size, args.pattern, args.min_frequency, args.image_token, args.memory, args.max_bad, log=print)
+    tokenizer = train(args.files, args.vocab_size, args.pattern, args.min_frequency, args.memory, args.max_bad, log=print)
     tokenizer.save(args.out)
     write_listing(tokenizer, Path(args.out) / "vocab.txt")
     print(f"wrote {args.out}/tokenizer.json, tokenizer_config.json and vocab.txt (to read)")
     return check_chat(tokenizer)
 
 
-def train(files, vocab_size=6400, pattern="gpt2", min_frequency=0, image_token=False, memory=None, max_bad=0.01, log=lambda line: None):
+def train(files, vocab_size=6400, pattern="gpt2", min_frequency=0, memory=None, max_bad=0.01, log=lambda line: None):
     """Files -> Tokenizer. `memory`: GB at most; what would need more is learnt from a sample, and said."""
     from nanomind import merges, tokenizer
     from nanomind.records import Reader
-    specials = tokenizer.SPECIALS + (tokenizer.IMAGE_PAD,) * image_token
+    specials = tokenizer.SPECIALS
     n_merges = vocab_size - 256 - len(specials)
     if n_merges < 0:
         raise ValueError(f"--vocab-size {vocab_size} is too small: {len(specials)} special tokens + 256 bytes need at least {256 + len(specials)}")

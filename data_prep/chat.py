@@ -38,7 +38,8 @@ def knowing(tokenizer, conversations):
     """The tokenizer, but it has encoded the contents of these conversations already: all at once is many times faster."""
     import numpy as np
 
-    texts = list({message["content"] for messages in conversations for message in messages})
+    texts = list({part for messages in conversations for message in messages
+                  for part in ([message["content"]] if isinstance(message["content"], str) else message["content"]) if part is not None})
     ids, starts = tokenizer.encode_many(texts)
     known = {text: part.tolist() for text, part in zip(texts, np.split(ids, starts[1:]))}
     quick = copy.copy(tokenizer)

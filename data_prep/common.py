@@ -38,14 +38,18 @@ def command(kind, description):
     parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="share of bad records that is still put up with (default 0.01)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores for more than a few MB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished data folder at --out")
+    if kind == "images":
+        parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures (default: that of the file that names them)")
     a = parser.parse_args()
     if a.val and a.val_share is not None:
         raise ValueError("--val and --val-share exclude each other: validate on files or on a share of the input")
-    prepare(kind, a.input, a.tokenizer, a.out, VAL_SHARE if a.val_share is None else a.val_share, a.val, a.max_bad, a.workers, a.overwrite)
+    prepare(kind, a.input, a.tokenizer, a.out, VAL_SHARE if a.val_share is None else a.val_share, a.val, a.max_bad, a.workers, a.overwrite,
+            getattr(a, "images", ""))
 
 
-def prepare(kind, inputs, tokenizer, out, val_share=VAL_SHARE, val=(), max_bad=0.01, workers=0, overwrite=False):
-    """Make the data folder `out` from raw files. kind: text, chat or pairs. With `val` files, `val_share` is not used."""
+def prepare(kind, inputs, tokenizer, out, val_share=VAL_SHARE, val=(), max_bad=0.01, workers=0, overwrite=False, images=""):
+    """Make the data folder `out` from raw files. kind: text, chat, pairs or images. With `val` files, `val_share` is not used. images: folder
+    of the pictures, when it is not that of the files."""
     from tqdm import tqdm  # here, because --help must not wait for it
 
     from nanomind.bins import Writer
@@ -65,6 +69,8 @@ def prepare(kind, inputs, tokenizer, out, val_share=VAL_SHARE, val=(), max_bad=0
             readers = {"train": Reader(inputs, max_bad, bar.update)}
             if val:
                 readers["val"], val_share = Reader(val, max_bad, bar.update), 0
+            for reader in readers.values():
+                reader.images = images
             characters = Counter()
             for split, documents in _encoded(_batches(kind, readers, val_share, characters), kind, tokenizer, loaded, workers):
                 writer.add(split, *documents)
@@ -77,10 +83,10 @@ def _batches(kind, readers, val_share, characters):
     """(split, items) with about BATCH characters each; counts the characters of each split."""
     for source, reader in readers.items():
         waiting, sizes = {"train": [], "val": []}, Counter()
-        for key, item, size in importlib.import_module(f"data_prep.{kind}").items(reader):
+        for key, item, size, *memory in importlib.import_module(f"data_prep.{kind}").items(reader):
             split = "val" if source == "val" or val_share and _share(key) < val_share else "train"
             waiting[split].append(item)
-            sizes[split] += size
+            sizes[split] += memory[0] if memory else size  # pictures need more than their characters
             characters[split] += size
             if sizes[split] >= BATCH:
                 yield split, waiting[split]
@@ -142,6 +148,7 @@ def _report(out, totals, readers, characters, seconds, workers):
             print(
                 f"{split:5} {total['documents']:,} documents, {total['tokens']:,} tokens, {total['bytes']:,} bytes; "
                 f"{characters[split] / total['tokens']:.2f} characters and {total['bytes'] / total['tokens']:.2f} bytes per token"
+                + (f"; {total['images']:,} pictures, {total['image_bytes'] / 1e6:.1f} MB" if total.get("images") else "")
                 + (f"; {total['targets'] / total['tokens']:.0%} of the tokens are targets" if total["targets"] < total["tokens"] else "")
             )
     everything = {name: sum(total[name] for total in totals.values()) for name in ("tokens", "bytes")}

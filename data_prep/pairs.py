@@ -1,7 +1,7 @@
 """Prepares preference pairs for DPO: python -m data_prep.pairs --input FILES --tokenizer DIR --out data/x
 In: {"chosen": messages, "rejected": messages}, or {"prompt", "chosen", "rejected"} where each is a text or messages. Out: a data
 folder in which document 2i is the chosen and 2i+1 the rejected conversation; only the last answer of each is a target.
-Next: data_prep/demo/world.py
+Next: data_prep/images.py
 """
 
 from data_prep.chat import checked, first_question, joined, knowing, recognised

@@ -1,4 +1,4 @@
-"""Reads raw data: .txt, .jsonl and .json files, each also as .gz or .xz, one record at a time in bounded memory.
+"""Reads raw data: .txt, .jsonl, .json (each also as .gz or .xz) and .parquet files, one record at a time in bounded memory.
 In: files or folders as a user types them. Out: (where, record) pairs, where = "file:line" and record = a dict; what cannot
 be used is counted, shown as file:line with a reason and skipped, and too large a share of it is an error.
 Next: nanomind/tokenizer_json.py
@@ -6,6 +6,7 @@ Next: nanomind/tokenizer_json.py
 
 import codecs
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -15,7 +16,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-ENDINGS = (".txt", ".jsonl", ".json")
+ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 EXPECTED = f"expected names ending in {' '.join(ENDINGS)} (also + .gz .xz)"
 DOCUMENT = 4_000  # a .txt document ends at the first blank line after so many characters (any line after 4 x) ...
 SEPARATOR = "<|endoftext|>"  # ... or where this stands
@@ -111,7 +112,7 @@ class Reader:
         try:
             with raw, {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda file: file)(raw) as file:
                 is_list = _ending(path) == ".json" and file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"["
-                parse = _text_documents if _ending(path) == ".txt" else _json_list if is_list else _json_lines
+                parse = _parquet_rows if _ending(path) == ".parquet" else _text_documents if _ending(path) == ".txt" else _json_list if is_list else _json_lines
                 for line, record in parse(file):
                     self.seen += 1
                     if self.progress:
@@ -203,6 +204,23 @@ def _json_list(file):
         if not more:
             raise _Broken(f"{line}: broken JSON list, the record here cannot be read ({str(problem).split(':')[0]})")
         text, at = text[at:] + more, 0
+
+
+def _parquet_rows(file):
+    """The rows of a table; a text that is JSON where messages are expected is read as such."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")  # no package of ours: only who has such files needs it
+    except ImportError:
+        raise ValueError(f"{file.name}: reading .parquet needs one more package: pip install pyarrow") from None
+    number = 0
+    for batch in parquet.ParquetFile(file).iter_batches(64):
+        for record in batch.to_pylist():
+            number += 1
+            try:
+                yield number, {name: json.loads(value) if name in ("conversations", "messages") and isinstance(value, str) else value
+                               for name, value in record.items()}
+            except ValueError as problem:
+                yield number, ("broken JSON", f" ({problem})")
 
 
 def _object(record, source):

@@ -190,12 +190,12 @@ def test_command_line(corpus, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["bpe.py", *map(str, args)])
         assert bpe.main() in (0, None)
         return capsys.readouterr().out
-    out = call("train", corpus, "--vocab-size", 400, "--out", tmp_path / "tok", "--image-token", "--pattern", "gpt4")
+    out = call("train", corpus, "--vocab-size", 400, "--out", tmp_path / "tok", "--pattern", "gpt4")
     assert "vocabulary 400 tokens" in out and "gives the text back: yes" in out
     tokenizer = Tokenizer.load(tmp_path / "tok")
-    assert tokenizer.image_pad == 3 and tokenizer.vocab_size == 400
+    assert tokenizer.vocab_size == 400
     listing = (tmp_path / "tok" / "vocab.txt").read_text(encoding="utf-8")
-    assert "3\t0\t<|image_pad|>" in listing and "\t天\n" in listing and len(listing.splitlines()) == 401
+    assert "2\t0\t<|im_end|>" in listing and "\t天\n" in listing and len(listing.splitlines()) == 401
     assert {path.name for path in (tmp_path / "tok").iterdir()} == {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}
     assert "<E9>" in call("show", tmp_path / "tok", "天 龘\n") and "Chinese" in call("show", tmp_path / "tok")
 

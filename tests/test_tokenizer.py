@@ -174,7 +174,7 @@ def test_chat_and_mask_and_prompt(ours, tmp_path):
     for turns in (2, 4):
         prompt = ours.render_prompt(chat[:turns])
         assert ids[:len(prompt)] == prompt and not any(mask[len(prompt) - 3:len(prompt)]) and mask[len(prompt)]
-    assert theirs.eos_token_id == ours.im_end and [ours.end_of_text, ours.im_start, ours.im_end, ours.image_pad] == [0, 1, 2, None]
+    assert theirs.eos_token_id == ours.im_end and [ours.end_of_text, ours.im_start, ours.im_end] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("message, named", [({"role": "tool", "content": "x"}, "tool"), ({"role": "user"}, "content"), ("hi", "hi"),
