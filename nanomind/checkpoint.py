@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from nanomind.config import ModelConfig, read_json
 from nanomind.model import LanguageModel
 from nanomind.tokenizer import Tokenizer, write_whole
+from nanomind.vision import VisionLanguageModel
 
 
 def write_tensors(path, tensors, metadata):
@@ -46,11 +47,14 @@ def read_tensors(path):
         raise ValueError(f"{path}: is not a whole safetensors file ({problem})") from None
 
 
-def begin_folder(folder, config, tokenizer, chat):
-    """Make the parts of a checkpoint that do not change during a run. chat: does the model answer (or continue text)?"""
+def begin_folder(folder, config, tokenizer, chat, vision=None):
+    """Make the parts of a checkpoint that do not change during a run. chat: does the model answer (or continue text)? vision: of a
+    VisionLanguageModel, kept in vision.json."""
     folder.mkdir(parents=True, exist_ok=True)
     eos = tokenizer.im_end if chat else tokenizer.end_of_text
     write_whole(folder / "config.json", json.dumps({**config.to_hf(eos), "nanomind": {"chat": chat}}, indent=2) + "\n")
+    if vision:
+        write_whole(folder / "vision.json", json.dumps(vision, ensure_ascii=False, indent=1) + "\n")
     tokenizer.save(folder)
 
 
@@ -59,28 +63,35 @@ def save(folder, model, optimizer, progress):
     step = str(progress["step"])
     write_tensors(folder / f"state-{step}.safetensors", optimizer.tensors(), {"progress": json.dumps(progress)})
     weights = model.state_dict()
+    eyes = {name: weights.pop(name) for name in list(weights) if name.startswith("projector.")}
+    if eyes:  # beside the language model, which stays one that every tool can load
+        write_tensors(folder / f"projector-{step}.safetensors", eyes, {"format": "pt"})
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]  # the embedding, once
     write_tensors(folder / "model.safetensors", weights, {"format": "pt", "step": step})
-    for old in folder.glob("state-*.safetensors*"):
-        if old.name != f"state-{step}.safetensors":
+    for old in (*folder.glob("state-*.safetensors*"), *folder.glob("projector-*.safetensors*")):
+        if old.name not in (f"state-{step}.safetensors", f"projector-{step}.safetensors"):
             old.unlink(missing_ok=True)
 
 
 def load_model(folder, checkpointing=False):
-    """A checkpoint folder of ours or any Llama or Qwen3 folder -> LanguageModel, fp32. Names and shapes must agree exactly."""
+    """A checkpoint folder of ours or any Llama or Qwen3 folder -> LanguageModel, or VisionLanguageModel where there is a vision.json; fp32.
+    Names and shapes must agree exactly."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json, expected a checkpoint folder (config.json, model.safetensors, tokenizer.json)")
     config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if not (folder / "model.safetensors").is_file():
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors") and not path.name.startswith("state-"))
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors") and not path.name.startswith(("state-", "projector-")))
         raise FileNotFoundError(f"{folder}: no model.safetensors" + (f"; {', '.join(others[:3])} is not read here (pickles may run code, parts "
                                 "must be joined): save one model.safetensors with transformers' save_pretrained" if others else
                                 ", so nothing was saved here yet"))
-    weights, _ = read_tensors(folder / "model.safetensors")
+    weights, header = read_tensors(folder / "model.safetensors")
+    vision = read_json(folder / "vision.json") if (folder / "vision.json").is_file() else None
+    if vision:
+        weights.update(read_tensors(folder / f"projector-{header.get('step')}.safetensors")[0])
     with torch.device("meta"):  # shapes only: no time spent on random numbers that are overwritten
-        model = LanguageModel(config, checkpointing)
+        model = VisionLanguageModel(config, vision, checkpointing) if vision else LanguageModel(config, checkpointing)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))

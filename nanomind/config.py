@@ -90,8 +90,8 @@ PRESETS = {  # name: (model, run defaults that go with the size)
                          qk_norm=True), {"batch_size": 4}),  # 1.00M: a student for nano
     "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
                          qk_norm=True), {"batch_size": 4}),  # 3.59M
-    "small": (ModelConfig(), {}),  # 25.83M
-    "base": (ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048, head_dim=96), {}),  # 104.03M
+    "small": (ModelConfig(), {"clip": "ViT-B-16"}),  # 25.83M
+    "base": (ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048, head_dim=96), {"clip": "ViT-B-16"}),  # 104.03M
 }
 
 
@@ -128,8 +128,9 @@ class TrainConfig:
     """Every knob of a run. Defaults here < defaults of the preset < defaults of the stage < flags."""
     # what
     stage: str = knob("pretrain", "which row of the table in nanomind/stages.py to run")
+    phase: str = knob("both", "of a stage that has two: 1, 2 or both", ("1", "2", "both"))
     run: str = knob("demo", "name of the run: results go to out/RUN/STAGE/")
-    preset: str = knob("nano", "model size: pico, nano, small, base, or the path of a config.json of your own")
+    preset: str = knob("", "model size: pico, nano, small, base, or the path of a config.json of your own (default: nano, or that of the checkpoint)")
     data: str = knob("", "a data folder, or raw files and folders separated by commas; default: the built-in corpus")
     val: str = knob("", "raw files to validate on (with raw --data); default: 1 %% of the documents")
     tokenizer: str = knob("", "tokenizer folder for raw --data; default: one is trained on that data")
@@ -165,6 +166,13 @@ class TrainConfig:
     beta: float = knob(0.1, "strength of the tie to the reference model")
     label_smoothing: float = knob(0.0, "share of pairs believed to be labelled the wrong way round (conservative DPO)")
     dpo_loss: str = knob("sigmoid", "sigmoid (DPO) or ipo", ("sigmoid", "ipo"))
+    # pictures
+    clip: str = knob("demo", "the frozen encoder: demo (comes with nanomind, knows its drawn scenes), a folder with an open_clip config and "
+                             "safetensors, or a model name of open_clip such as ViT-B-16")
+    clip_weights: str = knob("openai", "weights of a --clip that is a name: an open_clip tag, a local file, or none (random, to try things out)")
+    projector: str = knob("linear", "from features to embeddings: linear, or mlp", ("linear", "mlp"))
+    projector_lr: float = knob(0.001, "peak learning rate of the projector")
+    feature_budget: float = knob(4.0, "GB: pictures whose features fit are encoded once and kept in the data folder, else in every batch")
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = knob("auto", "auto, fp32 or bf16 (autocast; weights stay fp32)", ("auto", "fp32", "bf16"))
@@ -198,7 +206,7 @@ def parse_flags(kind, argv, description):
 def settle(given, stage_defaults=None):
     """Flags that were given -> (TrainConfig, ModelConfig); all conflicts are listed at once."""
     base = TrainConfig(**{**(stage_defaults or {}), **given})
-    model, preset_defaults = load_preset(base.preset)
+    model, preset_defaults = load_preset(base.preset or "nano")
     cfg = replace(base, **{**preset_defaults, **(stage_defaults or {}), **given})
     problems = [f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {what}" for name, what, fine in (
         ("steps", "0 or more", cfg.steps >= 0), ("tokens", "0 or more", cfg.tokens >= 0), ("epochs", "0 or more", cfg.epochs >= 0),
@@ -207,6 +215,7 @@ def settle(given, stage_defaults=None):
         ("lr", "more than 0", cfg.lr > 0), ("adam_lr", "more than 0", cfg.adam_lr > 0), ("grad_clip", "more than 0", cfg.grad_clip > 0),
         ("weight_decay", "0 or more", cfg.weight_decay >= 0), ("warmup", "a share between 0 and 1", 0 <= cfg.warmup <= 1),
         ("decay", "a share between 0 and 1", 0 <= cfg.decay <= 1), ("threads", "0 or more", cfg.threads >= 0),
+        ("projector_lr", "more than 0", cfg.projector_lr > 0), ("feature_budget", "0 or more", cfg.feature_budget >= 0),
         ("alpha", "a share between 0 and 1", 0 <= cfg.alpha <= 1), ("distill_temperature", "more than 0", cfg.distill_temperature > 0),
         ("beta", "more than 0", cfg.beta > 0), ("label_smoothing", "at least 0 and below 0.5", 0 <= cfg.label_smoothing < 0.5),
         ("seed", "a whole number from 0", 0 <= cfg.seed < 2**63), ("eval_every", "0 or more", cfg.eval_every >= 0),
@@ -222,7 +231,7 @@ def settle(given, stage_defaults=None):
     if cfg.resume and cfg.init:
         problems.append("--resume and --init exclude each other: a resumed run has its weights already")
     if cfg.seq_len > model.max_position_embeddings:
-        problems.append(f"--seq-len {cfg.seq_len}: the {cfg.preset} model is made for at most {model.max_position_embeddings} tokens")
+        problems.append(f"--seq-len {cfg.seq_len}: the {cfg.preset or 'nano'} model is made for at most {model.max_position_embeddings} tokens")
     if cfg.warmup + cfg.decay > 1 and cfg.decay < 1:
         problems.append(f"--warmup {cfg.warmup} and --decay {cfg.decay} together exceed the run")
     if problems:

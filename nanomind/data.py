@@ -10,10 +10,10 @@ How documents lie in rows (T = 6; E is <|endoftext|>, which opens every document
 
 The label after `c` is E: the end of a document is learnt, and it tells nothing about the next one, whose first word is predicted from its own E.
 Chats are packed whole instead: a row holds entire documents, no label crosses a border, only tokens marked in mask.bin are targets. The two
-documents of a preference pair lie in the same row.
+documents of a preference pair lie in the same row. Where a document has a picture (one id in the folder), a row has P places for its patches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Batch:
     language: torch.Tensor = None
     languages: tuple = LANGUAGES
     group: int = 1  # documents that belong together: 2 for preference pairs
+    features: torch.Tensor = None  # (M, P, E) of the batch's pictures
+    slots: torch.Tensor = None  # (B, T): which of the M * P vectors belongs here, -1: none
 
     @property
     def n_targets(self):
@@ -46,9 +48,8 @@ class Batch:
         return self.doc_ids + (torch.arange(len(self.doc_ids), device=self.doc_ids.device)[:, None] << 32)
 
     def to(self, device):
-        moved = [None if x is None else x.to(device, non_blocking=True)
-                 for x in (self.tokens, self.labels, self.doc_ids, self.label_bytes, self.language)]
-        return Batch(*moved, group=self.group)
+        moved = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **moved)
 
 
 def pack_whole(sizes, room):
@@ -81,16 +82,20 @@ def pack_whole(sizes, room):
 
 class PackedTokens:
     """One split of a data folder as rows of `seq_len` tokens; `whole` keeps documents entire (chats), else the stream is cut (pretraining).
-    `group` documents in a row of the folder share a row and are used or left out together (2: preference pairs)."""
+    `group` documents in a row of the folder share a row and are used or left out together (2: preference pairs). `features` of the pictures,
+    where there are some: `features[numbers]` -> (M, P, E), `features.patches` is P."""
 
-    def __init__(self, split, tokenizer, seq_len, batch_size, seed=0, whole=False, group=1, name="data"):
+    def __init__(self, split, tokenizer, seq_len, batch_size, seed=0, whole=False, group=1, name="data", features=None):
         self.split, self.T, self.B, self.seed, self.whole, self.group = split, seq_len, batch_size, seed, whole, group
         self.starts = np.asarray(split.starts)
         self.ends = np.append(self.starts[1:], len(split.tokens))  # document i is tokens[starts[i]:ends[i]]
         self.pad = tokenizer.end_of_text if tokenizer.end_of_text is not None else 0
         self.token_bytes = np.array([len(piece) for piece in tokenizer.token_bytes], dtype=np.int16)  # (V), 0 for special tokens
         self.chinese = np.array([sum(3 for byte in piece if 0xE3 <= byte <= 0xE9) for piece in tokenizer.token_bytes], dtype=np.int16)
-        self.left_out = {}
+        self.left_out, self.features = {}, features
+        if features is not None:  # places of pictures in the folder's tokens: an <|endoftext|> that begins no document
+            marks = np.flatnonzero(np.asarray(split.tokens) == self.pad)
+            self.marks = np.setdiff1d(marks, self.starts, assume_unique=True)
         if whole:
             self._pack(name)
         else:
@@ -107,6 +112,8 @@ class PackedTokens:
             targets = sizes - 1
         else:
             targets = np.add.reduceat(np.asarray(self.split.mask, dtype=np.int64), self.starts) if len(self.starts) else sizes
+        if self.features is not None:
+            sizes = sizes + (self.features.patches - 1) * np.diff(np.searchsorted(self.marks, np.append(self.starts, self.ends[-1:])))
         sizes, targets = sizes.reshape(-1, self.group).sum(1), targets.reshape(-1, self.group).min(1)
         long, empty = sizes > self.T, targets < 1
         usable = np.flatnonzero(~long & ~empty)
@@ -116,7 +123,7 @@ class PackedTokens:
         self.rows, self.places, self.used = len(self.bins), len(self.bins) * self.T, int(sizes[usable].sum())
 
     def row(self, index):
-        """Row `index` -> tokens, labels, doc_ids, documents' numbers; each (T,) int64. Padding: document -1, no label."""
+        """Row `index` -> tokens, labels, documents' numbers; each (T,) int64. Padding: document -1, no label."""
         T = self.T
         tokens = np.full(T, self.pad, dtype=np.int64)
         labels = np.full(T, IGNORE, dtype=np.int64)
@@ -125,9 +132,12 @@ class PackedTokens:
             at = 0
             for document in self.bins[index]:
                 first, last = self.starts[document], self.ends[document]
-                n = last - first
-                tokens[at:at + n] = self.split.tokens[first:last]
-                labels[at:at + n - 1] = self._labels(first + 1, last)
+                ids, targets = self.split.tokens[first:last], self._labels(first + 1, last)
+                if self.features is not None:
+                    ids, targets = self._expand(first, last, ids, targets)
+                n = len(ids)
+                tokens[at:at + n] = ids
+                labels[at:at + n - 1] = targets
                 documents[at:at + n] = document
                 at += n
         else:
@@ -143,6 +153,31 @@ class PackedTokens:
         labels = np.asarray(self.split.tokens[first:last], dtype=np.int64)
         return labels if self.split.mask is None else np.where(np.asarray(self.split.mask[first:last]), labels, IGNORE)
 
+    def _expand(self, first, last, ids, targets):
+        """P places for every mark of a picture among the ids of a document; nothing is to be predicted inside them."""
+        marks = self.pictures(first, last)[0] - first
+        times = np.ones(len(ids), dtype=np.int64)
+        times[marks] = self.features.patches
+        targets[marks] = IGNORE
+        return np.repeat(ids, times), np.repeat(targets, times[:-1])
+
+    def pictures(self, first, last):
+        """(places, numbers of the pictures) among tokens first..last of the split."""
+        found = slice(*np.searchsorted(self.marks, (first, last)))
+        return self.marks[found], self.split.refs[found]
+
+    def _sight(self, tokens, documents, rows):
+        """The pictures of a batch: features (M, P, E) and slots (B, T), or None and None when no row has any."""
+        inside = np.pad(documents[:, 1:] == documents[:, :-1], ((0, 0), (1, 0)))  # not the first token of its document
+        places = inside & (tokens == self.pad) & (documents >= 0)
+        numbers = [self.pictures(self.starts[document], self.ends[document])[1] for row in rows for document in self.bins[row]]
+        numbers = np.concatenate(numbers)
+        if not len(numbers):
+            return None, None
+        slots = np.full(tokens.shape, -1, dtype=np.int64)
+        slots[places] = np.arange(places.sum())
+        return self.features[numbers], torch.from_numpy(slots)
+
     def order(self, epoch):
         """The permutation of the rows in one epoch: each row exactly once."""
         if getattr(self, "_epoch", None) != epoch:
@@ -152,12 +187,14 @@ class PackedTokens:
     def batch(self, step, i=0, accumulate=1):
         """Micro-batch i of `accumulate` of optimiser step `step` (from 0). The stream of rows goes on over the ends of epochs."""
         first = (step * accumulate + i) * self.B
-        rows = [self.row(self.order(place // self.rows)[place % self.rows]) for place in range(first, first + self.B)]
-        return self._collate(rows)
+        return self._collate([self.order(place // self.rows)[place % self.rows] for place in range(first, first + self.B)])
 
     def _collate(self, rows, languages=False):
-        tokens, labels, documents = (np.stack(column) for column in zip(*rows))
+        """Numbers of rows -> Batch."""
+        tokens, labels, documents = (np.stack(column) for column in zip(*map(self.row, rows)))
         batch = Batch(*(torch.from_numpy(x) for x in (tokens, labels, documents)), group=self.group)
+        if self.features is not None:
+            batch.features, batch.slots = self._sight(tokens, documents, rows)
         if languages:
             batch.label_bytes = torch.from_numpy(np.where(labels == IGNORE, 0, self.token_bytes[labels.clip(0)]))
             batch.language = torch.from_numpy(np.where(documents < 0, 0, self._languages(documents)))
@@ -174,14 +211,14 @@ class PackedTokens:
     def every_row(self):
         """Batches that hold each row once, in the order of the data."""
         for at in range(0, self.rows, self.B):
-            yield self._collate([self.row(index) for index in range(at, min(at + self.B, self.rows))])
+            yield self._collate(range(at, min(at + self.B, self.rows)))
 
     def validation(self, tokens):
         """Batches of about `tokens` tokens: always the same rows, spread over the whole split, ready to be counted by language."""
         count = min(self.rows, max(1, round(tokens / self.T)))
         chosen = np.linspace(0, self.rows - 1, count).astype(int)
         for at in range(0, count, self.B):
-            yield self._collate([self.row(index) for index in chosen[at:at + self.B]], languages=True)
+            yield self._collate(chosen[at:at + self.B], languages=True)
 
     def summary(self):
         """One line: rows, tokens, share of padding and of targets, what was left out."""

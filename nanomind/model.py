@@ -1,6 +1,6 @@
 """The decoder: a Llama (or, with QK-norm, a Qwen3) under Hugging Face's weight names, and its key/value cache.
 In: token ids, optionally document ids and a cache. Out: hidden states, one vector per token; `logits` turns them into scores.
-Next: nanomind/objectives.py
+Next: nanomind/vision.py
 
 Shapes, here and everywhere: B rows, T tokens in a row, S tokens in the cache, C hidden size, H query heads, K key/value heads,
 D head size, L layers, V vocabulary, N targets, M images, P patches per image, E CLIP width.

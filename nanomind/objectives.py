@@ -4,6 +4,7 @@ Next: nanomind/optim.py
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rule, dtype):
         h, w = hidden.to(dtype), weight.to(dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(h), CHUNK):
             rows = slice(start, start + CHUNK)
@@ -65,14 +66,15 @@ class HeadLoss(torch.autograd.Function):
             total += loss
             grad = grad.to(dtype)
             grad_hidden[rows] = grad @ w
-            grad_weight += grad.T @ h[rows]
+            if grad_weight is not None:
+                grad_weight += grad.T @ h[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        return grad_hidden * grad, None if grad_weight is None else grad_weight * grad, None, None
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def targets(model, batch):
     """Run the model -> hidden states (N, C) and labels (N,) of the batch's targets, and their places in the flattened batch. Rows of tokens
     without a target never reach the head."""
     chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,)
-    return model(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen], batch.labels.flatten()[chosen], chosen
+    hidden = model(batch.tokens, batch.doc_ids) if batch.features is None else model(batch.tokens, batch.doc_ids, features=batch.features, slots=batch.slots)
+    return hidden.flatten(0, 1)[chosen], batch.labels.flatten()[chosen], chosen
 
 
 def product_dtype(x):
@@ -128,6 +131,27 @@ class NextToken:
             figures["bpb"] = sum(bits.values()) / sum(sums["bytes_" + name] for name in names)
         if len(names) > 1:
             figures.update({f"bpb_{name}": bits[name] / sums["bytes_" + name] for name in names})
+        return figures
+
+
+class Describe(NextToken):
+    """Predict the next token of what is said about pictures. Validation asks again with the pictures exchanged: a model that does not look
+    does as well with another one's."""
+
+    @torch.no_grad()
+    def validate(self, model, batch):
+        if batch.features is None or len(batch.features) < 2:
+            return super().validate(model, batch)
+        hidden, labels, _ = targets(model, replace(batch, features=batch.features.roll(len(batch.features) // 2, 0)))
+        nll = token_nll(hidden, model.lm_head.weight, labels, product_dtype(hidden))
+        return {**super().validate(model, batch), "shuffled": nll.sum(), "shuffled_targets": torch.tensor(float(len(labels)))}
+
+    def summary(self, sums):
+        """Adds shuffled_loss and image_gain, the share of it that the right pictures save."""
+        figures = super().summary(sums)
+        if "shuffled" in sums:
+            figures["shuffled_loss"] = sums["shuffled"] / sums["shuffled_targets"]
+            figures["image_gain"] = 1 - figures["val_loss"] / figures["shuffled_loss"]
         return figures
 
 
