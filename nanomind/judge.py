@@ -31,13 +31,15 @@ def answers(model, prompts, max_new_tokens, stop, sampling=GREEDY, batch=32):
 
 
 def questions(split, count):
-    """Prompts of `count` documents spread over a split with a mask: everything before the first target. -> (lists of ids, lists of true answers)."""
+    """Prompts of `count` documents spread over a split with a mask: everything before the first target. -> (lists of ids, lists of true answers).
+    Each prompt once: of a preference pair both documents begin with it, and asked twice it would halve the share of different n-grams."""
     prompts, truths = [], []
     for document in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int):
         first, last = int(split.starts[document]), int(split.starts[document] + split.lengths[document])
         marked = np.flatnonzero(split.mask[first:last])
-        if len(marked):
-            prompts.append(np.asarray(split.tokens[first:first + marked[0]]).tolist())
+        prompt = np.asarray(split.tokens[first:first + marked[0]]).tolist() if len(marked) else None
+        if prompt and prompt not in prompts:
+            prompts.append(prompt)
             truths.append(np.asarray(split.tokens[first:last])[marked].tolist())
     return prompts, truths
 

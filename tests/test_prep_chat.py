@@ -262,6 +262,7 @@ def test_pairs_are_used_or_left_out_as_pairs(tmp_path, tok):
     folder = make("pairs", tmp_path, tok, records)
     rows = PackedTokens(folder.train, folder.tokenizer, 128, 2, whole=True, group=2)
     assert rows.left_out == {"longer than 128 tokens": 8} and "left out 8 longer" in rows.summary()
+    assert len(judge.questions(folder.train, 24)[0]) == 12  # both documents of a pair ask the same
     seen = []
     for batch in rows.every_row():
         assert batch.n_targets == len(batch.places()[batch.doc_ids >= 0].unique()) // 2

@@ -38,9 +38,8 @@ CONTESTANTS = (
 def our_step(args, name):
     """train.py's own step, on rows packed from documents of 30 to 2,000 random ids. -> function(step)."""
     import numpy as np
-    import train
-    from nanomind import checkpoint, device, optim, stages
-    from nanomind.config import TrainConfig, settle
+    from nanomind import device
+    from nanomind.config import settle
     from nanomind.data import PackedTokens
     from nanomind.model import LanguageModel
     from nanomind.objectives import NextToken
@@ -66,8 +65,15 @@ def our_step(args, name):
         runner = torch.compile(model)
     else:
         runner = model
+    return loop_step(cfg, "pretrain", NextToken(), machine, model, runner, rows)
+
+
+def loop_step(cfg, stage, objective, machine, model, runner, rows):
+    """train.py's own step on these rows. -> function(step), which gives the step's mean loss."""
+    import train
+    from nanomind import checkpoint, optim, stages
     log = checkpoint.Log(Path(tempfile.mkdtemp()) / "log.jsonl")
-    trainer = train.Trainer(cfg, stages.STAGES["pretrain"], NextToken(), machine, tokenizer, model, runner, optim.Optimizer(model, cfg, machine.dtype), rows, None,
+    trainer = train.Trainer(cfg, stages.STAGES[stage], objective, machine, None, model, runner, optim.Optimizer(model, cfg, machine.dtype), rows, None,
                             Path("."), {"step": 0, "tokens": 0, "seconds": 0.0}, log, time.monotonic())
     return lambda step: trainer.take_step(step / cfg.steps)
 
