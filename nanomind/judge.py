@@ -1,6 +1,6 @@
 """Numbers about answers that a person can judge by: do they end, do they repeat themselves.
 In: a model and prompts as ids. Out: shares between 0 and 1, over greedy answers.
-Next: nanomind/stages.py
+Next: nanomind/exam.py
 """
 
 import numpy as np
