@@ -4,6 +4,7 @@ Next: tests/
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from nanomind.cli import run
 
 QUESTIONS = ("请介绍一下自己。", "你更擅长哪一个学科？", "鲁迅的《狂人日记》是如何批判封建礼教的？", "我咳嗽已经持续了两周，需要去医院检查吗？", "详细的介绍光速的物理概念。",
              "推荐一些杭州的特色美食吧。", "请为我讲解“大语言模型”这个概念。", "如何理解ChatGPT？", "Introduce the history of the United States, please.")
+DESCRIBE = ("请描述这张图片。", "Describe this picture.")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PROMPTS = ("马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中", "地球上最大的动物有", "杭州市的美食有",
            "The capital of China is", "Water boils at", "The largest ocean on Earth is")
 
@@ -20,10 +23,13 @@ def flags(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--run", default="", help="name of the run (default: the one saved last)")
     parser.add_argument("--stage", default="", help="stage of the run (default: the one saved last)")
+    parser.add_argument("--phase", default="", choices=("1", "2"), help="with --stage vlm: the checkpoint of which phase (default: 2)")
     parser.add_argument("--ckpt", default="", metavar="FOLDER", help="a checkpoint folder, instead of --run and --stage")
     parser.add_argument("--compare", nargs=2, default=[], metavar="FOLDER", help="two checkpoint folders: the same prompts and seed for both")
     parser.add_argument("--prompt", help="answer or continue this text and stop; - reads it from standard input")
     parser.add_argument("--auto", action="store_true", help="answer or continue the fixed prompts and stop")
+    parser.add_argument("--exam", metavar="FILE", help="ask the questions of an exam file greedily, print the share of right answers by category and stop")
+    parser.add_argument("--image", default="", metavar="FILE", help="a picture, or a folder of them, to describe or to answer --prompt about")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt of a conversation")
     parser.add_argument("--mode", default="auto", choices=("auto", "chat", "complete"), help="answer, or continue text; auto: what the model was trained for")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
@@ -37,21 +43,28 @@ def flags(argv):
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 where it is faster or saves memory traffic")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
     args = parser.parse_args(argv)
+    stage = {"vlm": f"vlm-{args.phase or 2}"}.get(args.stage, args.stage)
     problems = [text for wrong, text in (
         (args.ckpt and (args.run or args.stage), "--ckpt names a folder, --run and --stage another: give one"),
         (args.compare and (args.ckpt or args.run or args.stage), "--compare names both folders: leave out --ckpt, --run and --stage"),
+        (args.exam and any(getattr(args, name) != parser.get_default(name) for name in (
+            "prompt", "auto", "image", "system", "mode", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")),
+         "--exam asks its own questions, one by one and greedily: leave out --prompt, --auto, --image, --system, --mode and the flags of sampling"),
+        (args.phase and args.stage != "vlm", "--phase is of --stage vlm"),
+        (args.image and args.auto, "--image FOLDER walks through its pictures by itself: leave out --auto"),
         (args.auto and args.prompt is not None, "--auto and --prompt exclude each other"),
         (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: expected at least 1")) if wrong]
     if problems:
         raise ValueError("; ".join(problems))
+    args.stage = stage
     return args
 
 
 def main():
     args = flags(sys.argv[1:])
-    from nanomind import checkpoint, generate  # after the flags: importing torch takes seconds, --help should not
+    from nanomind import checkpoint, exam, generate  # after the flags: importing torch takes seconds, --help should not
     sampling = generate.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    writers = []
+    writers, items = [], exam.read_exam(args.exam) if args.exam else []
     for folder in args.compare or [args.ckpt or checkpoint.newest("out", args.run, args.stage)]:
         model, tokenizer = checkpoint.load(Path(folder))
         machine = generate.prepare(model, args.device, args.precision, args.threads)
@@ -59,7 +72,14 @@ def main():
         if chat and tokenizer.im_start is None:
             raise ValueError(f"{folder}: its tokenizer has no <|im_start|>, so it cannot chat here; use --mode complete")
         print(f"{folder}: {model.config.parameters() / 1e6:.2f}M parameters, {machine}, {'answers' if chat else 'continues text'}", file=sys.stderr)
-        writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system))
+        writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system,
+                              find_eyes(folder, model) if args.image or hasattr(model, "vision") else None))
+    for writer in writers if args.exam else []:
+        print(*[writer.name] * bool(writer.name), exam.table(sit(writer, items)), sep="\n")
+    if args.exam:
+        return None
+    if args.image:
+        return describe(writers, pictures_of(args.image), args.prompt)
     if args.prompt is not None:
         prompts = [sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt]
     elif args.auto or not sys.stdin.isatty() or read("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
@@ -76,7 +96,8 @@ def main():
 
 def converse(writers):
     """Read lines until /exit (or an empty line); a chat remembers what was said until /reset."""
-    print("/reset forgets the conversation, /exit or an empty line ends it")
+    sees = any(writer.look for writer in writers)
+    print("/reset forgets the conversation, /exit or an empty line ends it" + ("; /image FILE puts a picture before the next question" if sees else ""))
     while True:
         line = read("\n> ")
         if line in ("", "/exit"):
@@ -84,8 +105,63 @@ def converse(writers):
         for writer in writers:
             if line == "/reset":
                 writer.reset()
+            elif line.startswith("/image ") and sees:
+                try:
+                    writer.show_picture(Path(line[7:].strip()))
+                except (ValueError, OSError) as problem:
+                    print(problem)
             else:
                 writer.show(line)
+
+
+def find_eyes(folder, model):
+    """A function from image files to their features, with the encoder that the checkpoint was trained with; it loads at the first picture."""
+    if not hasattr(model, "vision"):
+        raise ValueError(f"{folder}: this model reads text only; a model with eyes is trained by python train.py --stage vlm")
+    loaded = []
+
+    def look(paths):
+        import torch
+        from nanomind.vision import matching_encoder
+        if not loaded:
+            loaded.append(matching_encoder(model.vision))
+        return loaded[0].encode(torch.stack([loaded[0].pixels(path.read_bytes(), str(path)) for path in paths]))  # (m, P, E)
+    return look
+
+
+def pictures_of(name):
+    """--image: a file, or the pictures of a folder in the order of their names."""
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"--image {name}: no such file or folder")
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"--image {name}: no picture in this folder; expected names ending in {' '.join(SUFFIXES)}")
+    return found
+
+
+def describe(writers, paths, prompt):
+    """Show what each model says about each picture, in answer to the prompt or to the fixed ones."""
+    for path in paths:
+        print(f"[Image]: {path.name}")
+        for question in [prompt] if prompt is not None else DESCRIBE:
+            for writer in writers:
+                writer.show_picture(path)
+                writer.show(question)
+                writer.reset()
+        print()
+
+
+def sit(writer, items):
+    """Put an exam to a model; its pictures, when it has some, a hundred at a time."""
+    from nanomind import exam, judge
+    features = None
+    if writer.look and any("image" in item for item in items):
+        paths = [item["image"] for item in items if "image" in item]
+        seen = (features for at in range(0, len(paths), 100) for features in writer.look(paths[at:at + 100]).split(1))
+        features = [next(seen) if "image" in item else None for item in items]
+    write = functools.partial(judge.answers, features=features) if features else judge.answers
+    return exam.score(writer.model, writer.tokenizer, items, write)
 
 
 def read(question):
@@ -99,15 +175,23 @@ def read(question):
 class Writer:
     """One model that answers or continues, and prints as it writes."""
 
-    def __init__(self, name, model, tokenizer, sampling, max_new_tokens, chat, system=""):
+    def __init__(self, name, model, tokenizer, sampling, max_new_tokens, chat, system="", look=None):
         self.name, self.model, self.tokenizer, self.sampling, self.max_new_tokens = name, model, tokenizer, sampling, max_new_tokens
+        self.look = look
         self.chat, self.system = chat, [{"role": "system", "content": system}] if system else []
         self.stop = {number for number in (tokenizer.end_of_text, tokenizer.im_end) if number is not None}
         self.begin = [] if tokenizer.begin is None else [tokenizer.begin]
         self.reset()
 
     def reset(self):
-        self.history = []
+        self.history, self.pictures, self.waiting = [], [], 0  # pictures: features of those in the history; waiting: how many await their question
+
+    def show_picture(self, path):
+        """Put a picture before the next question."""
+        if self.look is None:
+            raise ValueError("this model reads text only")
+        self.pictures.append(self.look([path]))
+        self.waiting += 1
 
     def show(self, text):
         """Print the text (of a chat: the question) and, token by token, what the model makes of it."""
@@ -127,13 +211,15 @@ class Writer:
 
     def question(self, text):
         """Ids of the conversation with a new question; when it no longer fits, the oldest turns are forgotten, with a notice."""
-        self.history.append({"role": "user", "content": text})
-        room, forgotten = self.room(), 0
+        self.history.append({"role": "user", "content": [None] * self.waiting + ["\n" + text] if self.waiting else text})
+        room, forgotten, self.waiting = self.room(), 0, 0
         while True:
             ids = self.begin + self.tokenizer.render_prompt(self.system + self.history)
-            if len(ids) <= room or len(self.history) == 1:
+            patches = sum(features.size(1) - 1 for features in self.pictures)
+            if len(ids) + patches <= room or len(self.history) == 1:
                 break
-            del self.history[:2]
+            seen = sum(part is None for part in self.history[0]["content"])
+            del self.history[:2], self.pictures[:seen]
             forgotten += 1
         if forgotten:
             print(f"[the conversation is longer than the model sees: the oldest {forgotten} turns are forgotten]", file=sys.stderr)
@@ -147,12 +233,14 @@ class Writer:
     def steps(self, ids):
         """New tokens after `ids`; when they leave no room, the oldest are forgotten, with a notice."""
         from nanomind.generate import generate
+        import torch
+        features = torch.cat(self.pictures) if self.pictures else None
         room = self.room()
-        if len(ids) > room:
+        if len(ids) > room and features is None:
             print(f"[the prompt has {len(ids)} tokens, the model sees {self.model.config.max_position_embeddings}: only its last {room} are used]",
                   file=sys.stderr)
             ids = ids[-room:]
-        return generate(self.model, [ids], self.max_new_tokens, self.stop, self.sampling)
+        return generate(self.model, [ids], self.max_new_tokens, self.stop, self.sampling, [features])
 
 
 if __name__ == "__main__":

@@ -27,15 +27,22 @@ KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads"
 
 
 def main(given):
-    """One run. given: the flags that were given, by field name (parse_flags). -> exit code."""
+    """The runs that the given flags name (parse_flags), one after the other. -> exit code of the last."""
+    for row in stages.rows(given):
+        code = train(row)
+        if code:
+            break
+    return code
+
+
+def train(given):
+    """One run. -> exit code."""
     started = time.monotonic()
-    if given.get("stage", TrainConfig.stage) not in stages.STAGES:
-        raise ValueError(f"--stage {given['stage']}: expected {', '.join(stages.STAGES)}")
     stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
     stages.check_flags(given, given.get("stage", TrainConfig.stage))
     cfg, model_config = settle(given, stage.defaults)
     if not (cfg.data or cfg.steps or cfg.tokens or cfg.epochs or cfg.time_limit):
-        cfg = replace(cfg, time_limit=stages.BUILTIN_MINUTES)
+        cfg = replace(cfg, time_limit=stage.minutes)
 
     # 1. where results go, and what is there already
     folder = Path("out") / cfg.run / cfg.stage
@@ -60,33 +67,35 @@ def main(given):
     # 3. data, model, objective
     model_config, name = stages.shape(cfg, model_config, given) if not saved else (model_config, str(folder))
     if cfg.dry_run and not stages.prepared(cfg):
-        return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg), machine.rate)
+        return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg), machine.rate, stage)
     with group.first():
         data = stages.find_data(cfg, stage, folder.parent)
+    encoder = stages.find_encoder(cfg, stage, folder if saved else None)
     identity = {"tokenizer": data.meta["tokenizer"], "splits": data.meta["splits"]}
     if saved and saved[1]["data"] != identity:
         raise ValueError(f"{data.path}: not the data this run was trained on; --run NAME --init {folder} starts a new one from its weights")
-    train, val = stages.datasets(cfg, data, stage)
+    with group.first():
+        train, val = stages.datasets(cfg, data, stage, encoder, machine)
     print(f"data       {data.path}: {train.summary()}" + (f"; validation {len(val.split):,} documents" if val else "; no validation documents"))
     if cfg.show_batch:
         return plan.show_batch(train.batch(0), data.tokenizer)
-    if name == cfg.preset:
+    if name == (cfg.preset or "nano"):
         model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
     if cfg.dry_run:
-        return plan.show(cfg, name, model_config, train.used, machine.rate)
-    model = checkpoint.load_model(folder, cfg.checkpointing) if saved else stages.build(cfg, model_config, data.tokenizer)
+        return plan.show(cfg, name, model_config, train.used, machine.rate, stage)
+    model = stages.freeze(checkpoint.load_model(folder, cfg.checkpointing), stage) if saved else stages.build(cfg, model_config, data.tokenizer, encoder)
     model.to(machine.device).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
     if saved:
         optimizer.load(saved[0])
-    plan.show(cfg, name, model.config, train.used, machine.rate, model)
+    plan.show(cfg, name, model.config, train.used, machine.rate, stage, model)
 
     # 4. the loop
     if not saved and not group.rank:
         for old in ("model.safetensors", "log.jsonl", "reference.safetensors"):
             (folder / old).unlink(missing_ok=True)
-        checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat)
+        checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat, getattr(model, "vision", None))
     state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "final_seconds": 0.0, "precision": str(machine.dtype),
                                     "config": asdict(cfg), "data": identity}
     log = None if group.rank else checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
@@ -252,7 +261,7 @@ class Trainer:
         record = {"step": self.state["step"], **self.objective.summary(sums)}
         if last and self.stage.chat:
             self.model.eval()
-            record.update(judge.judge(self.model, self.tokenizer, self.val.split))
+            record.update(judge.judge(self.model, self.tokenizer, self.val))
             self.model.train()
         self.record(record)
         print(f"step {record['step']:>6} validation: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
@@ -269,6 +278,9 @@ class Trainer:
             ids += self.tokenizer.render_prompt([{"role": "user", "content": prompt}]) if self.stage.chat else self.tokenizer.encode(prompt)
             text = generate.complete(self.model, self.tokenizer, ids, 40, generate.Sampling(seed=self.cfg.seed), stop)
             print(f"    {prompt} > {' '.join(text.split())}", flush=True)
+        for ids, pictures in zip(*judge.questions(self.val, 3)) if self.val is not None and self.val.features is not None else ():
+            text = generate.complete(self.model, self.tokenizer, ids, 40, judge.GREEDY, stop, pictures)
+            print(f"    {' '.join(self.tokenizer.decode(ids, specials=False).split())} > {' '.join(text.split())}", flush=True)
         self.model.train()
 
     def record(self, values):

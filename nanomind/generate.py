@@ -79,11 +79,12 @@ def prepare(model, device="auto", precision="auto", threads=0):
     return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
 
 
-def prefill(model, tokens, doc_ids, cache):
-    """Read (B, T) prompt tokens into the cache, PREFILL at a time. -> logits after the last, (B, V)."""
+def prefill(model, tokens, doc_ids, cache, embeddings=None):
+    """Read (B, T) prompt tokens (or their embeddings, when there are pictures among them) into the cache, PREFILL at a time. -> logits after the
+    last, (B, V)."""
     for start in range(0, tokens.size(1), PREFILL):
         part = slice(start, start + PREFILL)
-        hidden = model(tokens[:, part], None if doc_ids is None else doc_ids[:, part], cache)
+        hidden = model(tokens[:, part], None if doc_ids is None else doc_ids[:, part], cache, None if embeddings is None else embeddings[:, part])
     return model.logits(hidden[:, -1])
 
 
@@ -93,14 +94,17 @@ def decode(model, ids, cache):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling()):
+def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling(), features=None):
     """Continue `prompts`, lists of ids of any lengths, by at most `max_new_tokens` new ids each.
 
     Yields after every step a list with each row's new id, or None for a row that has ended (by an id of `stop`, which is not yielded).
-    Shorter prompts are padded on the left with tokens of document -1, which the mask keeps apart from the text: batching changes nothing.
+    features: for a VisionLanguageModel the pictures of each prompt, (m, P, E) or None. Shorter prompts are padded on the left with tokens of document -1, which the mask keeps apart from the text: batching changes nothing.
     """
     if not all(prompts):
         raise ValueError("a prompt without any token: give at least one")
+    slots = None
+    if features is not None and any(own is not None for own in features):
+        prompts, slots = model.places(prompts, features)
     longest, B, device = max(map(len, prompts)), len(prompts), model.lm_head.weight.device
     room = model.config.max_position_embeddings - longest
     if room < 1:
@@ -110,13 +114,17 @@ def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling()):
     doc_ids = None
     if any(len(p) < longest for p in prompts):
         doc_ids = torch.tensor([[-1] * (longest - len(p)) + [0] * len(p) for p in prompts], device=device)
+    embeddings = None
+    if slots is not None:
+        slots = torch.tensor([[-1] * (longest - len(row)) + row for row in slots], device=device)
+        embeddings = model.see(tokens, torch.cat([own for own in features if own is not None]).to(device), slots)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, torch.tensor(prompt, device=device)] = True
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     cache = KVCache(model.config, B, longest + max_new_tokens, model.lm_head.weight.dtype, device)
     running = [True] * B
-    logits = prefill(model, tokens, doc_ids, cache)
+    logits = prefill(model, tokens, doc_ids, cache, embeddings)
     for step in range(max_new_tokens):
         ids = choose(logits, seen, sampling, generators)
         seen.scatter_(1, ids[:, None], True)
@@ -129,7 +137,7 @@ def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling()):
             logits = decode(model, ids, cache)
 
 
-def complete(model, tokenizer, prompt, max_new_tokens, sampling=Sampling(), stop=()):
-    """The text of one continuation. prompt: ids."""
-    ids = [step[0] for step in generate(model, [prompt], max_new_tokens, stop, sampling)]
+def complete(model, tokenizer, prompt, max_new_tokens, sampling=Sampling(), stop=(), features=None):
+    """The text of one continuation. prompt: ids; features of its pictures: (m, P, E)."""
+    ids = [step[0] for step in generate(model, [prompt], max_new_tokens, stop, sampling, [features])]
     return tokenizer.decode(ids, specials=False)

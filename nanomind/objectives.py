@@ -12,6 +12,13 @@ import torch.nn.functional as F
 from nanomind.data import IGNORE
 
 CHUNK = 2048  # rows of the vocabulary head that are computed at a time
+ROUND = 128  # ... filled up with zeros to a multiple of this: the number of targets changes from step to step, and the library behind bf16 products
+# on a CPU makes and keeps (3 MB) a program for every shape it meets
+
+
+def filled(x):
+    """(n, C) -> (n rounded up, C), zeros behind."""
+    return F.pad(x, (0, 0, 0, -len(x) % ROUND))
 
 
 def cross_entropy(labels, weights=None):
@@ -62,12 +69,13 @@ class HeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(h), CHUNK):
             rows = slice(start, start + CHUNK)
-            loss, grad = rule((h[rows] @ w.T).float(), rows)
+            part, n = filled(h[rows]), len(h[rows])
+            loss, grad = rule((part @ w.T)[:n].float(), rows)
             total += loss
-            grad = grad.to(dtype)
-            grad_hidden[rows] = grad @ w
+            grad = filled(grad.to(dtype))
+            grad_hidden[rows] = (grad @ w)[:n]
             if grad_weight is not None:
-                grad_weight += grad.T @ h[rows]
+                grad_weight += grad.T @ part
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -81,7 +89,7 @@ class HeadLoss(torch.autograd.Function):
 def token_nll(hidden, weight, labels, dtype):
     """-log p(label) of each row, (N,) fp32; no gradient."""
     h, w = hidden.to(dtype), weight.to(dtype)
-    return torch.cat([F.cross_entropy((part @ w.T).float(), label, reduction="none")
+    return torch.cat([F.cross_entropy((filled(part) @ w.T)[:len(part)].float(), label, reduction="none")
                       for part, label in zip(h.split(CHUNK), labels.split(CHUNK))])
 
 
@@ -168,7 +176,7 @@ class Distill(NextToken):
             theirs = self.teacher(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen].to(dtype)
             weight = self.teacher.lm_head.weight.to(dtype)
         sums = {"ce": 0.0, "kl": 0.0}
-        rule = distillation(labels, lambda rows: (theirs[rows] @ weight.T).float(), self.alpha, self.temperature, sums)
+        rule = distillation(labels, lambda rows: (filled(theirs[rows]) @ weight.T)[:len(theirs[rows])].float(), self.alpha, self.temperature, sums)
         return HeadLoss.apply(hidden, model.lm_head.weight, rule, dtype), sums
 
     def __call__(self, model, batch):

@@ -6,6 +6,8 @@ Next: data_prep/distill.py
 import math
 import sys
 
+from nanomind.vision import projector_parameters, width
+
 
 def total_steps(cfg, rows):
     """Steps that --steps, --tokens or --epochs ask for, over data of so many rows; None when only the clock ends the run."""
@@ -19,12 +21,13 @@ def total_steps(cfg, rows):
     return None
 
 
-def show(cfg, name, model_config, available, rate, model=None):
+def show(cfg, name, model_config, available, rate, stage, model=None):
     """Print parameters, length and memory: the first lines of a run, and all of --dry-run. name: of the preset or checkpoint; available: tokens in the data (without a model: about);
     rate: measured operations a second of matrix products, or 0."""
-    total = model_config.parameters()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if model else total
-    print(f"model      {name}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.2f}M trainable; {model_config.num_hidden_layers} "
+    eyes = projector_parameters(cfg.projector, width(cfg.clip), model_config.hidden_size) if "clip" in stage.flags and not model else 0
+    total = sum(p.numel() for p in model.parameters()) if model else model_config.parameters() + eyes
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if model else eyes if stage.trains else total
+    print(f"model      {name}: {total / 1e6:.2f}M parameters ({total:,}), {trainable / 1e6:.3f}M trainable; {model_config.num_hidden_layers} "
           f"layers of {model_config.hidden_size}, vocabulary {model_config.vocab_size}")
     tokens = cfg.batch_size * cfg.accumulate * cfg.seq_len
     steps = total_steps(cfg, available / cfg.seq_len)

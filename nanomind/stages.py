@@ -12,14 +12,14 @@ from data_prep import demo
 from data_prep.common import prepare
 from nanomind import bins
 from nanomind.checkpoint import load, load_model, read_tensors, write_tensors
-from nanomind.config import ModelConfig, read_json
+from nanomind.config import ModelConfig, TrainConfig, read_json
 from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
-from nanomind.objectives import DPO, Distill, NextToken, reference_log_probs
+from nanomind.objectives import DPO, Describe, Distill, NextToken, reference_log_probs
 from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
+from nanomind.vision import Features, add_eyes, load_encoder, matching_encoder
 
-BUILTIN_MINUTES = 4.0  # a run on the built-in corpus without a length ends after this
 BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
 
 
@@ -28,13 +28,15 @@ CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United
 
 @dataclass(frozen=True)
 class Stage:
-    kind: str  # of its data: text, chat or pairs (the module of data_prep that makes it)
+    kind: str  # of its data: text, chat, pairs or images (the module of data_prep that makes it)
     builtin: str  # file of the built-in corpus it trains on when --data is not given; "" where there is none yet
     starts_from: tuple  # stages of the same run whose checkpoint it starts from, the first that exists; () = random weights
     objective: object  # called with the Run below -> the objective
     defaults: dict  # of TrainConfig, over those of the preset
     prompts: tuple  # what samples are made from while it trains
-    flags: tuple = ()  # fields of TrainConfig that only this stage knows
+    flags: tuple = ()  # fields of TrainConfig that only such stages know
+    trains: str = ""  # what its parameters' names begin with, when the rest is frozen
+    minutes: float = 4.0  # of a run on the built-in corpus without a length; rows that share a --time-limit share it in proportion
 
     @property
     def chat(self):
@@ -50,19 +52,42 @@ class Run:
     reference: dict = None
 
 
+EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 STAGES = {
     "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
     "sft": Stage("chat", "", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
     "distill": Stage("chat", "", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
     "dpo": Stage("pairs", "", ("sft",), DPO, {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss")),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.5),
+    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, (), EYES, minutes=4.3),
 }
+GROUPS = {"vlm": ("vlm-1", "vlm-2")}  # names of several rows, one after the other; --phase N takes the N-th
+
+
+def rows(given):
+    """The flags that were given -> a list of them for every row of the table they name: one for one stage, several for a name of GROUPS."""
+    name, phase = given.get("stage", TrainConfig.stage), given.get("phase", "both")
+    if name not in GROUPS:
+        if name not in STAGES:
+            raise ValueError(f"--stage {name}: expected {', '.join([*(n for n in STAGES if not any(n in group for group in GROUPS.values())), *GROUPS])}")
+        if "phase" in given:
+            raise ValueError(f"--phase {phase}: --stage {name} has no phases; {', '.join(GROUPS)} has")
+        return [given]
+    chosen = GROUPS[name] if phase == "both" else GROUPS[name][int(phase) - 1:int(phase)]
+    found, minutes = [], sum(STAGES[row].minutes for row in chosen)
+    for row in chosen:
+        own = {key: value for key, value in given.items() if key != "phase" and not (found and key in ("init", "preset") and "dry_run" not in given)}
+        if "time_limit" in given:
+            own["time_limit"] = given["time_limit"] * STAGES[row].minutes / minutes
+        found.append({**own, "stage": row})
+    return found
 
 
 def check_flags(given, name):
     """Refuse flags that belong to other stages."""
     owners = {flag: other for other, stage in STAGES.items() for flag in stage.flags}
-    foreign = [f"--{flag.replace('_', '-')} (of --stage {owners[flag]})" for flag in given if flag in owners and owners[flag] != name]
+    foreign = [f"--{flag.replace('_', '-')} (of --stage {owners[flag]})" for flag in given if flag in owners and flag not in STAGES[name].flags]
     if foreign:
         raise ValueError(f"--stage {name} does not know {', '.join(foreign)}")
 
@@ -121,9 +146,10 @@ def find_data(cfg, stage, run_folder):
         if cfg.tokenizer and Tokenizer.load(cfg.tokenizer).hash != folder.tokenizer.hash:
             raise ValueError(f"--tokenizer {cfg.tokenizer}: {cfg.data} was made with another one, which it holds: leave out --tokenizer")
         return folder
-    paths, val = raw_files(cfg, stage, run_folder), find_files(parts(cfg.val)) if cfg.val else []
+    paths = raw_files(cfg, stage, run_folder)
+    val = find_files(parts(cfg.val)) if cfg.val else [] if cfg.data else [file for file in [paths[0].with_name("val.jsonl")] if file.is_file()]
     tokenizer_folder = find_tokenizer(cfg, paths, run_folder)
-    out = run_folder / "data" / f"{cfg.stage}-{fingerprint(paths, 'validated on', *val, Tokenizer.load(tokenizer_folder).hash)}"
+    out = run_folder / "data" / f"{stage.kind}-{fingerprint(paths, 'validated on', *val, Tokenizer.load(tokenizer_folder).hash)}"
     if not (out / "meta.json").is_file():
         prepare(stage.kind, paths, tokenizer_folder, out, val=val)
     return bins.open_folder(out)
@@ -165,7 +191,7 @@ def shape(cfg, preset_config, given):
     """-> (ModelConfig of the model a run starts with, what to call it): that of its checkpoint, or the preset's."""
     init = find_init(cfg)
     if init is None:
-        return replace(preset_config, vocab_size=cfg.vocab_size), cfg.preset
+        return replace(preset_config, vocab_size=cfg.vocab_size), cfg.preset or "nano"
     if "preset" in given:
         raise ValueError(f"--preset {cfg.preset}: the run starts from {init}, which has its shape: leave out --preset")
     if not (init / "config.json").is_file():
@@ -176,18 +202,40 @@ def shape(cfg, preset_config, given):
     return config, str(init)
 
 
-def build(cfg, model_config, tokenizer):
+def build(cfg, model_config, tokenizer, encoder=None):
     """The model a run starts with: the checkpoint of --init or of the stage before, or random weights of the preset's shape."""
     init = find_init(cfg)
-    if init is None:
-        return LanguageModel(model_config, cfg.checkpointing).init_weights(cfg.seed)
-    if Tokenizer.load(init).hash != tokenizer.hash:
+    if init is not None and Tokenizer.load(init).hash != tokenizer.hash:
         raise ValueError(f"{init} was trained with another tokenizer than the data was made with: prepare the data with --tokenizer {init}")
-    return load_model(init, cfg.checkpointing)
+    model = load_model(init, cfg.checkpointing) if init else LanguageModel(model_config, cfg.checkpointing).init_weights(cfg.seed)
+    if encoder:
+        vision = {"encoder": encoder.identity, "patches": encoder.patches, "width": encoder.width, "projector": cfg.projector, "mark": tokenizer.end_of_text}
+        had = getattr(model, "vision", None)
+        if had and had["encoder"]["sha256"] != encoder.identity["sha256"]:
+            raise ValueError(f"--clip {cfg.clip}: {init} was trained with another encoder, {had['encoder']['clip']} {had['encoder']['weights']}")
+        model = model if had else add_eyes(model, vision, cfg.checkpointing, cfg.seed)
+    return freeze(model, STAGES[cfg.stage])
+
+
+def freeze(model, stage):
+    """Mark what a stage trains; the rest keeps its weights."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(stage.trains))
+    return model
+
+
+def find_encoder(cfg, stage, saved_folder=None):
+    """The frozen encoder of a stage that sees, or None: the one its checkpoint was trained with, or that of --clip."""
+    if "clip" not in stage.flags:
+        return None
+    for folder in (saved_folder, find_init(cfg)):
+        if folder and (folder / "vision.json").is_file():
+            return matching_encoder(read_json(folder / "vision.json"))
+    return load_encoder(cfg.clip, cfg.clip_weights)
 
 
 def find_init(cfg):
-    """Folder of the checkpoint to start from, or None for random weights."""
+    """Folder of the checkpoint to start from, or None for random weights: of a first stage, or where there is no checkpoint but a --preset."""
     if cfg.init:
         return Path(cfg.init)
     stage = STAGES[cfg.stage]
@@ -195,17 +243,19 @@ def find_init(cfg):
     for folder in folders:
         if (folder / "model.safetensors").is_file():
             return folder
-    if folders:
+    if folders and not cfg.preset:
         raise FileNotFoundError(f"--stage {cfg.stage} starts from {' or '.join(map(str, folders))}, which is not there: "
-                                f"python train.py --stage {stage.starts_from[-1]} --run {cfg.run}, or name a checkpoint with --init")
+                                f"python train.py --stage {stage.starts_from[-1]} --run {cfg.run}, or name a checkpoint with --init, or begin "
+                                "with random weights of a --preset")
     return None
 
 
-def datasets(cfg, folder, stage):
-    """-> (training rows, validation rows or None when the folder has none)."""
+def datasets(cfg, folder, stage, encoder=None, machine=None):
+    """-> (training rows, validation rows or None when the folder has none). With an encoder they bring the features of their pictures."""
     if folder.meta["kind"] != stage.kind:
         raise ValueError(f"{folder.path}: a data folder of {folder.meta['kind']}, --stage {cfg.stage} needs one made by python -m data_prep.{stage.kind}")
-    made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.chat, 2 if stage.kind == "pairs" else 1, name)
+    made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.chat, 2 if stage.kind == "pairs" else 1, name,
+                         Features(split, folder.path, name, encoder, machine, cfg.feature_budget * 1e9) if encoder else None)
             if len(split.tokens) > 1 else None for name, split in (("train", folder.train), ("val", folder.val))]
     if made[0] is None:
         raise ValueError("the data folder has no training documents")

@@ -125,7 +125,8 @@ def projector_parameters(kind, E, C):
 
 
 class VisionLanguageModel(LanguageModel):
-    """A language model with a projector. `vision`: identity of the encoder, patches, width, kind of projector (what vision.json holds)."""
+    """A language model with a projector. `vision`, what vision.json holds: identity of the `encoder`, its `patches` and `width`, the kind of
+    `projector`, and the id that `mark`s the place of a picture."""
 
     def __init__(self, config, vision, checkpointing=False):
         super().__init__(config, checkpointing)
@@ -142,6 +143,19 @@ class VisionLanguageModel(LanguageModel):
                 layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0, (size if last else 1.0) / layer.in_features**0.5, generator=generator))
                 layer.bias.zero_()
         return self
+
+    def places(self, prompts, features):
+        """Prompts with one mark a picture, and the pictures of each (m, P, E) or None -> prompts with P marks a picture, and slots for them."""
+        found, slots, at = [], [], 0
+        for ids, own in zip(prompts, features):
+            ids, places = expand(ids, self.vision["mark"], self.vision["patches"])
+            wanted, there = sum(place >= 0 for place in places), 0 if own is None else own.size(0) * own.size(1)
+            if wanted != there:
+                raise ValueError(f"a prompt with {wanted // self.vision['patches']} places for pictures and {there // self.vision['patches']} pictures")
+            found.append(ids)
+            slots.append([place + at if place >= 0 else -1 for place in places])
+            at += wanted
+        return found, slots
 
     def see(self, tokens, features, slots):
         """Embeddings of the tokens, (B, T, C), with the projected features at the places of the pictures.
