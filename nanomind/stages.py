@@ -55,9 +55,9 @@ class Run:
 EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 STAGES = {
     "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
-    "sft": Stage("chat", "", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
-    "distill": Stage("chat", "", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
-    "dpo": Stage("pairs", "", ("sft",), DPO, {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
+    "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
+    "distill": Stage("chat", "sft.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
+    "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss")),
     "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.5),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, (), EYES, minutes=4.3),
@@ -163,7 +163,7 @@ def raw_files(cfg, stage, run_folder):
         raise ValueError(f"--stage {cfg.stage} needs --data: a data folder made by python -m data_prep.{stage.kind}, or raw files")
     folder = run_folder / "raw"
     if not (folder / stage.builtin).is_file():
-        demo.write(folder)
+        demo.write(folder, files=(stage.builtin,))
     return [folder / stage.builtin]
 
 

@@ -1,11 +1,18 @@
-"""The demo world: a small bilingual world of true facts and short prose, and the generator of its raw training files.
+"""The demo world: a small bilingual world of true facts and short prose, and the generators of its raw training files.
 In: an output folder and a seed. Out: ordinary .jsonl files there, the same bytes for the same seed on every machine.
 Next: data_prep/demo/__main__.py
 """
 
+from data_prep.demo.chats import as_documents, write_sft
+from data_prep.demo.preferences import write_dpo
 from data_prep.demo.pretrain import write_pretrain
 
+FILES = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl")
 
-def write(out, seed=0, exposures=80):
-    """Write all raw files of the demo world into the folder `out`; nothing is downloaded. Returns their paths."""
-    return [write_pretrain(out, seed, exposures)]
+
+def write(out, seed=0, exposures=80, asked=20, mixed=0, files=FILES):
+    """Write the raw files of the demo world into the folder `out`; nothing is downloaded. Returns their paths. `mixed` is how often
+    each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted."""
+    writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),
+               "sft.jsonl": lambda: write_sft(out, seed, asked), "dpo.jsonl": lambda: write_dpo(out, seed)}
+    return [writers[file]() for file in files]

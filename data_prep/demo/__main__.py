@@ -1,5 +1,6 @@
 """Command line of the demo world: `python -m data_prep.demo --out data/demo-raw`.
-In: flags. Out: DIR/pretrain.jsonl, one {"text": ...} object a line, ready for bpe.py and data_prep.text; `exam --out DIR`: DIR/exam-*.jsonl.
+In: flags. Out: DIR/pretrain.jsonl with {"text": ...} for data_prep.text, DIR/sft.jsonl with conversations for data_prep.chat, and
+DIR/dpo.jsonl with pairs for data_prep.pairs, one object a line; `exam --out DIR`: DIR/exam-*.jsonl.
 Next: nanomind/data.py
 """
 
@@ -18,10 +19,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed mixes the same world differently (default: 0)")
     parser.add_argument("--exposures", type=int, default=80, metavar="N",
                         help="times each fact is stated in Chinese (in English half of it); sets the size (default: 80)")
+    parser.add_argument("--asked", type=int, default=20, metavar="N",
+                        help="times each fact that is not held out is asked about in Chinese (in English half of it) (default: 20)")
+    parser.add_argument("--mixed", type=int, default=0, metavar="N",
+                        help="the same for dialogues written out in the pretraining text (default: 0, none)")
     flags = parser.parse_args()
-    if flags.what == "exam" and (flags.seed, flags.exposures) != (parser.get_default("seed"), parser.get_default("exposures")):
-        raise ValueError("exams are the same for all: leave out --seed and --exposures")
-    for path in write_exam(flags.out) if flags.what == "exam" else write(Path(flags.out), flags.seed, flags.exposures):
+    if flags.what == "exam" and vars(flags) != vars(parser.parse_args(["exam", "--out", flags.out])):
+        raise ValueError("exams are the same for all: leave out --seed, --exposures, --asked and --mixed")
+    for path in write_exam(flags.out) if flags.what == "exam" else write(Path(flags.out), flags.seed, flags.exposures, flags.asked, flags.mixed):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,6 +1,6 @@
 """Writes the demo world's pretraining text: every fact in many wordings, orders and neighbourhoods, among passages of prose.
 In: the tables (world.py), a seed, and how often each fact is stated. Out: pretrain.jsonl, one {"text": ...} object a line.
-Next: data_prep/demo/exam.py
+Next: data_prep/demo/wording.py
 """
 
 import json
@@ -146,7 +146,7 @@ def one_pass(dice, world, lang, form):
             yield about_anything(dice, chunk, by_name, lang)
 
 
-def documents(seed=0, exposures=80):
+def documents(seed=0, exposures=80, more=()):
     """All documents in their final order. Each fact is stated `exposures` times in Chinese and half as often in English: of
     ten passes over the world, four go relation by relation, three subject by subject, three in random order. Each passage
     comes about a fifth as often, half of the time alone and half of the time with another one."""
@@ -161,17 +161,21 @@ def documents(seed=0, exposures=80):
         for turn in range(-(-exposures // 5)):
             for chunk in dice.chunks(prose[lang], 1, 1 + turn % 2):
                 found.append("\n".join(dice.choose(passage) for passage in chunk))
-    return dice.shuffled(found)
+    return dice.shuffled([*found, *more])
 
 
-def write_pretrain(out, seed=0, exposures=80):
-    """Write OUT/pretrain.jsonl (complete or not at all) and return its path."""
-    texts = documents(seed, exposures)
-    path = Path(out) / "pretrain.jsonl"
+def write_lines(out, name, records):
+    """Write OUT/name, one JSON object a line (complete or not at all), and return its path."""
+    path = Path(out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     with open(beside, "w", encoding="utf-8", newline="\n") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(beside, path)
     return path
+
+
+def write_pretrain(out, seed=0, exposures=80, more=()):
+    """Write OUT/pretrain.jsonl and return its path; `more` are further documents to mix in."""
+    return write_lines(out, "pretrain.jsonl", ({"text": text} for text in documents(seed, exposures, more)))

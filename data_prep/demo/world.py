@@ -1,5 +1,6 @@
-"""Reads the tables of the demo world: relations with their facts and sentence templates, and passages of prose.
-In: the text files of world/ (tables, format below) and prose/ (a passage a line). Out: a list of Relation, and a list of passages per language.
+"""Reads the tables of the demo world: relations with their facts and sentence templates, passages of prose, wordings of questions.
+In: the text files of world/ (tables, format below), prose/ (a passage a line), questions/ and talk/ (sections, below). Out: a list of
+Relation, a list of passages per language, and the lines of each section.
 A table is written for people first: `#` starts a comment, `[name]` a relation, `key: value` describes it, and every other
 line is a fact.
 
@@ -12,10 +13,17 @@ line is a fact.
     法国 | 巴黎 | France | Paris                   a fact; two columns: Chinese only; `-` where a language lacks it
     美国/美利坚合众国 | ...                        `/` separates names of the same thing, the usual one first
 
+What people say stands in sections, one wording a line: `[capital]` (in questions/ a relation, in talk/ any topic), then keys with a
+language and their lines. ask: questions; back: questions for the subject, given the object; check: yes-no questions that end in the
+object; full, curt, other: answers (full and curt are the two styles that fine-tuning holds in equal share; of several full ones
+the first is the usual one); list: what the subjects of one object are called; noun: what the relation is called in a follow-up.
+
 Next: data_prep/demo/pretrain.py
 """
 
+import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,3 +118,27 @@ def passages():
     return {lang: [line.strip() for path in sorted((FOLDER / "prose").glob(f"{lang}_*.txt"))
                    for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
             for lang in LANGUAGES}
+
+
+@functools.cache
+def sections(folder):
+    """name -> {key: lines} of all files of questions/ or talk/. A line `key_zh:` begins a list, `noun:`, `of:`, `marks:` are one line."""
+    found = {}
+    for path in sorted((FOLDER / folder).glob("*.txt")):
+        section = lines = None
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            line = line.strip()
+            single = re.match(r"(noun|of|marks): (.+)", line)
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("[") and line.endswith("]"):
+                section, lines = found.setdefault(line[1:-1], {}), None
+            elif section is not None and re.fullmatch(r"([a-z]+_)?(zh|en):", line):
+                lines = section.setdefault(line[:-1], [])
+            elif section is not None and single:
+                section[single[1]] = single[2]
+            elif lines is None:
+                raise ValueError(f"{path.name}:{number}: expected [section], then key_zh: or key_en:, then a wording a line, found: {line}")
+            else:
+                lines.append(line)
+    return found

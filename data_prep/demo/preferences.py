@@ -1,0 +1,69 @@
+"""Writes the demo world's preference pairs: one answer chosen, one rejected, for what fine-tuning leaves open.
+In: the tables and sections (world.py), a seed, how many pairs. Out: dpo.jsonl, one {"chosen": [...], "rejected": [...]} a line.
+Next: data_prep/demo/exam.py
+"""
+
+from data_prep.demo.chats import messages, small
+from data_prep.demo.pretrain import Dice, write_lines
+from data_prep.demo.unknown import unanswerable
+from data_prep.demo.wording import answer, ask, decline, fill, full_forms, known, said, swapped
+from data_prep.demo.world import LANGUAGES, sections
+
+# Chats hold the full and the curt answer in equal share, so before DPO neither is preferred; now the full one is. The other kinds are
+# few: a model that has learnt its chats rates them right from the start.
+KINDS = ["curt"] * 58 + ["shrug"] * 13 + ["cold"] * 7 + ["long"] * 10 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 4
+SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
+
+
+def about_a_fact(dice, kind, lang):
+    """(question, chosen, rejected): a full, plain sentence is better than a curt, long-winded, rude or foreign one."""
+    fact = dice.pick(known(lang).facts)
+    while kind == "language" and len(fact.subject) < 2:
+        fact = dice.pick(known(lang).facts)
+    subject = swapped(dice, fact, lang)
+    chosen = answer(dice, fact, lang, subject, "full")
+    if kind == "language":
+        other = LANGUAGES[lang == "zh"]
+        rejected = answer(dice, fact, other, fact.subject[other][0], "full") if known(other).relations[fact.relation].templates[other] else subject
+    elif kind == "rude":
+        rejected = fill(dice, dice.pick(sections("talk")["proud"]["full_" + lang]), answer=chosen)
+    else:
+        rejected = answer(dice, fact, lang, subject, kind)
+    return said(dice, ask(dice, fact, lang, subject), lang, subject), chosen, rejected
+
+
+def about_nothing(dice, kind, lang):
+    """(question, chosen, rejected): declining politely is better than declining curtly ("shrug") or inventing an answer."""
+    question, about, section = unanswerable(dice, lang)
+    chosen = decline(dice, lang, "full", section=section)
+    if kind == "shrug":
+        return said(dice, question, lang, about), chosen, decline(dice, lang, "curt", section=section)
+    fact = dice.pick([fact for fact in known(lang).facts if fact.relation != "is"])
+    rejected = fill(dice, full_forms(fact.relation, lang)[0], s=about or fact.subject[lang][0], o=fact.object[lang][0])
+    return said(dice, question, lang, about), chosen, rejected
+
+
+def in_talk(dice, lang):
+    """(question, chosen, rejected): a warm answer is better than a cold one."""
+    section = dice.pick(SMALL)
+    question, chosen = small(dice, section, lang, "full")
+    return question, chosen, sections("talk")[section]["curt_" + lang][0]
+
+
+def pairs(seed=0, number=6000):
+    """Pairs of conversations, two thirds Chinese. None asks about a fact that is held out from the chats."""
+    if number < 1:
+        raise ValueError(f"the number of preference pairs is {number}, at least 1 is needed")
+    dice = Dice(f"pairs {seed}")
+    for _ in range(number):
+        kind, lang = dice.pick(KINDS), "zh" if dice.random() < 2 / 3 else "en"
+        if kind == "cold":
+            question, chosen, rejected = in_talk(dice, lang)
+        else:
+            question, chosen, rejected = (about_nothing if kind in ("shrug", "invented") else about_a_fact)(dice, kind, lang)
+        yield messages(question, chosen), messages(question, rejected)
+
+
+def write_dpo(out, seed=0, number=6000):
+    """Write OUT/dpo.jsonl (complete or not at all) and return its path."""
+    return write_lines(out, "dpo.jsonl", ({"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs(seed, number)))
