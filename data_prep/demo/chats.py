@@ -114,9 +114,11 @@ PLURALS = {"a mammal": "mammals", "a bird": "birds", "a reptile": "reptiles", "a
 # About nothing in the tables
 
 def small(dice, section, lang, how=None):
-    """A question and an answer of a section of talk/."""
-    question = fill(dice, dice.pick(sections("talk")[section]["ask_" + lang]))
-    return [roughly(dice, question, lang), reply(dice, section, lang, how or dice.pick(["full", "curt"]))]
+    """A question and an answer of a section of talk/; to the questions of sample.py a full one."""
+    asks = sections("talk")[section]["ask_" + lang]
+    question = roughly(dice, fill(dice, dice.pick(asks)), lang)
+    literal = section in AUTOMATIC and question == asks[0]
+    return [question, reply(dice, section, lang, how or ("full" if literal else dice.pick(["full", "curt"])))]
 
 
 def roughly(dice, question, lang):

@@ -130,7 +130,7 @@ def slip(dice, question, lang, keep):
 def said(dice, question, lang, *keep):
     """A question as it is typed. The same is done to questions that have an answer and to those that have none."""
     keep = [each for each in keep if each]
-    return roughen(dice, wrap(dice, question, lang, keep), lang, keep) or question
+    return roughen(dice, wrap(dice, question, lang, keep), lang, keep).strip() or question
 
 
 # Answers
