@@ -1,6 +1,6 @@
 """Writes the demo world's pretraining text: every fact in many wordings, orders and neighbourhoods, among passages of prose.
 In: the tables (world.py), a seed, and how often each fact is stated. Out: pretrain.jsonl, one {"text": ...} object a line.
-Next: data_prep/demo/__init__.py
+Next: data_prep/demo/scenes.py
 """
 
 import json
