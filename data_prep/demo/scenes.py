@@ -76,8 +76,8 @@ ANSWERS = {
     "en": {"object": "{thing}.", "colour": "{colour}.", "count": "{count}.", "position": "{position}.", "time": "{time}."},
 }
 YES_NO = {"zh": ("有{colour}的{object}吗？", "有。", "没有。"), "en": ("Do you see {colour} {object}?", "Yes.", "No.")}
-SHORT = (("object",), ("count",), ("colour",), ("position",), ("object", "count"), ("object", "position"), ("count", "position"), ("object", "colour"),
-         ("time",), ("count", "colour"), ("object", "count", "position"), ("colour", "position"))  # captions that name only a part, for a CLIP
+SHORT = (("object",), ("count",), ("object", "colour"), ("position",), ("object",), ("object", "count"), ("object", "position"), ("colour",),
+         ("object",), ("count", "position"), ("time",), ("count", "colour"))  # captions that name only a part, for contrastive training
 
 
 @dataclass(frozen=True)
