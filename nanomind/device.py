@@ -1,6 +1,6 @@
 """The machine: device, threads, precision, memory, each chosen automatically with a reason that is printed.
 In: flags of a run. Out: a Device that the loop computes on.
-Next: nanomind/generate.py
+Next: data_prep/captions.py
 """
 
 import os

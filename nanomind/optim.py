@@ -53,17 +53,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon and AdamW, or AdamW alone, over the trainable parameters of a model, addressed by parameter name."""
+    """Muon and AdamW, or AdamW alone, over the trainable parameters of a model, addressed by parameter name. `within`: the mark of the names
+    of the layers' matrices, which are Muon's."""
 
-    def __init__(self, model, cfg, muon_dtype=torch.float32):
+    def __init__(self, model, cfg, muon_dtype=torch.float32, within=".layers."):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = {p: name for name, p in named}
-        in_layers = [p for name, p in named if p.dim() == 2 and ".layers." in name]
+        in_layers = [p for name, p in named if p.dim() == 2 and within in name]
         projector = [p for name, p in named if name.startswith("projector.")]
-        others = [p for name, p in named if not (p.dim() == 2 and ".layers." in name or name.startswith("projector."))]
+        others = [p for name, p in named if not (p.dim() == 2 and within in name or name.startswith("projector."))]
         muon = cfg.optimizer == "muon"
-        groups = [dict(params=[p for p in others if p.dim() == 2], weight_decay=0.0 if muon else cfg.weight_decay),
-                  dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0), dict(params=projector, weight_decay=0.0, lr=cfg.projector_lr)]
+        groups = [dict(params=[p for p in others if p.dim() >= 2], weight_decay=0.0 if muon else cfg.weight_decay),
+                  dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
+        if projector:
+            groups.append(dict(params=projector, weight_decay=0.0, lr=cfg.projector_lr))
         if not muon:
             groups.append(dict(params=in_layers, weight_decay=cfg.weight_decay))
         groups = [group for group in groups if group["params"]]

@@ -1,7 +1,7 @@
 """Writes the demo world's exams: its facts asked in wordings that no training text uses, and questions that it cannot answer.
 In: exam/first.txt and exam/second.txt (wordings, hand-written, frozen), exam/accept.txt (what else is true), the tables (world.py).
 Out: exam-first.jsonl and exam-second.jsonl, a question a line: {"question", "answers", "ignore", "category", "lang"}.
-Next: data_prep/demo/__init__.py
+Next: data_prep/demo/scenes.py
 """
 
 import hashlib

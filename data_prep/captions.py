@@ -1,0 +1,105 @@
+"""Pictures with captions, for contrastive training: drawn scenes without end, or the pictures of record files.
+In: a seed, or .jsonl and .json files. Out: `batch(step, size)`, a pure function of (seed, step), and held-out examples with what they show.
+Next: data_prep/clip.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import chat
+from data_prep.common import _share
+from data_prep.demo import scenes
+from data_prep.demo.pretrain import Dice
+from nanomind.records import Reader
+
+VAL_SHARE = 0.05  # of the pictures, kept out of training when no others are given
+
+
+class Scenes:
+    """Drawn scenes without end, each seen once. Two captions each: one names everything, the other a part, the same part throughout a
+    batch, for else the part named of one picture would be true of others as well."""
+
+    def __init__(self, seed, size, groups=1):
+        if size != scenes.SIZE:
+            raise ValueError(f"--config: image_size is {size}, the drawn scenes have {scenes.SIZE}")
+        self.seed, self.groups = seed, groups
+
+    def one(self, number, held_out=False):
+        """-> dice, scene, language, picture."""
+        dice = Dice((2 * self.seed + held_out) * 2**40 + number)
+        scene = scenes.imagine(dice, held_out, self.groups)
+        return dice, scene, dice.pick(("zh", "en")), np.asarray(scenes.draw(dice, scene))
+
+    def batch(self, step, size):
+        """-> pictures (B, S, S, 3) uint8, [B captions each, ...]"""
+        made = [self.one(step * size + i) for i in range(size)]
+        part = scenes.SHORT[step % len(scenes.SHORT)]
+        return (np.stack([picture for *_, picture in made]), [[scenes.caption(dice, scene, lang) for dice, scene, lang, _ in made],
+                                                              [scenes.partly(scene, lang, part) for _, scene, lang, _ in made]])
+
+    def examples(self, count, held_out=False):
+        """-> pictures, captions, attributes of each."""
+        made = [self.one(2**39 + i, held_out) for i in range(count)]
+        return (np.stack([picture for *_, picture in made]), [scenes.caption(dice, scene, lang) for dice, scene, lang, _ in made],
+                [scenes.attributes(scene) for _, scene, *_ in made])
+
+
+class Folder:
+    """The pictures of record files, all in memory, seen once an epoch in an order of (seed, epoch), each with one of its captions."""
+
+    def __init__(self, files, val, seed, size):
+        self.seed, self.epoch, records = seed, -1, {False: {}, True: {}}
+        for held_out, names in ((False, files), (True, val)):
+            for path, caption, attributes in captioned(Reader(names)) if names else ():
+                side = held_out or not val and _share(path.name) < VAL_SHARE
+                records[side].setdefault(path, ([], attributes))[0].append(caption)
+        self.pictures, self.captions, self.attributes = {}, {}, {}
+        for side, found in records.items():
+            if len(found) < 2:
+                raise ValueError(f"{' '.join(map(str, files))}: {len(found)} pictures to {'report on' if side else 'train on'}, expected more")
+            self.pictures[side] = np.stack([opened(path, size) for path in found])
+            self.captions[side] = [captions for captions, _ in found.values()]
+            self.attributes[side] = [attributes for _, attributes in found.values()]
+
+    def batch(self, step, size):
+        chosen, count = [], len(self.captions[False])
+        for place in range(step * size, (step + 1) * size):
+            if self.epoch != place // count:
+                self.epoch, self.order = place // count, np.random.default_rng([self.seed, place // count]).permutation(count)
+            chosen.append(self.order[place % count])
+        return self.pictures[False][chosen], [[Dice(step * size + i).pick(self.captions[False][n]) for i, n in enumerate(chosen)]]
+
+    def examples(self, count, held_out=False):
+        return self.pictures[held_out][:count], [captions[0] for captions in self.captions[held_out][:count]], self.attributes[held_out][:count]
+
+
+def captioned(reader):
+    """(path of the picture, caption, attributes or None) of each record. The caption is `caption`, `text`, or all that the assistant says."""
+    for where, record in reader:
+        try:
+            name, base = record.get("image"), Path(where.rpartition(":")[0]).parent
+            path = next((path for path in (base / str(name), base / "images" / str(name)) if name and path.is_file()), None)
+            if path is None:
+                raise ValueError("no such picture beside the file or in images/", f": image is {str(name)[:80]!r}")
+            kinds = [kind for kind, (fields, inner) in chat.FORMATS.items() if chat.fits(record, fields, inner)]
+            said = [m["content"] for m in chat.checked(chat.to_messages(record, kinds[0])) if m["role"] == "assistant"] if kinds else []
+            caption = record.get("caption") or record.get("text") or " ".join(said)
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError("no caption, text or conversations with a text")
+        except (ValueError, TypeError) as problem:
+            reader.reject(where, *problem.args)
+        else:
+            yield path, caption, record.get("attributes")
+
+
+def opened(path, size):
+    """A picture as open_clip's own preprocessing would show it: (size, size, 3) uint8, transparent parts white."""
+    from PIL import Image
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as problem:
+        raise ValueError(f"{path}: not a picture that can be read ({problem})") from None
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB").resize((size, size), Image.BICUBIC))
