@@ -6,11 +6,13 @@ Next: data_prep/clip.py
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import BICUBIC
 
 from data_prep import chat
 from data_prep.common import _share
 from data_prep.demo import scenes
 from data_prep.demo.pretrain import Dice
+from nanomind.images import find_image, open_image
 from nanomind.records import Reader
 
 VAL_SHARE = 0.05  # of the pictures, kept out of training when no others are given
@@ -78,10 +80,7 @@ def captioned(reader):
     """(path of the picture, caption, attributes or None) of each record. The caption is `caption`, `text`, or all that the assistant says."""
     for where, record in reader:
         try:
-            name, base = record.get("image"), Path(where.rpartition(":")[0]).parent
-            path = next((path for path in (base / str(name), base / "images" / str(name)) if name and path.is_file()), None)
-            if path is None:
-                raise ValueError("no such picture beside the file or in images/", f": image is {str(name)[:80]!r}")
+            path = find_image(str(record.get("image")), Path(where.rpartition(":")[0]).parent)
             kinds = [kind for kind, (fields, inner) in chat.FORMATS.items() if chat.fits(record, fields, inner)]
             said = [m["content"] for m in chat.checked(chat.to_messages(record, kinds[0])) if m["role"] == "assistant"] if kinds else []
             caption = record.get("caption") or record.get("text") or " ".join(said)
@@ -94,12 +93,5 @@ def captioned(reader):
 
 
 def opened(path, size):
-    """A picture as open_clip's own preprocessing would show it: (size, size, 3) uint8, transparent parts white."""
-    from PIL import Image
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as problem:
-        raise ValueError(f"{path}: not a picture that can be read ({problem})") from None
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB").resize((size, size), Image.BICUBIC))
+    """A picture as open_clip's own preprocessing would show it: (size, size, 3) uint8."""
+    return np.asarray(open_image(path.read_bytes(), str(path)).resize((size, size), BICUBIC))

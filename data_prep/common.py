@@ -39,7 +39,7 @@ def command(kind, description):
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores for more than a few MB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished data folder at --out")
     if kind == "images":
-        parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures (default: that of the file that names them)")
+        parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures (default: that of the file that names them, or images/ there)")
     a = parser.parse_args()
     if a.val and a.val_share is not None:
         raise ValueError("--val and --val-share exclude each other: validate on files or on a share of the input")

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_prep.chat import checked, first_question, joined, knowing, recognised, to_messages
 from data_prep.common import command
 from nanomind.cli import run
-from nanomind.images import open_image
+from nanomind.images import find_image, open_image
 
 MARKER = "<image>"
 FORMATS = {  # both may lack `image`: a conversation about nothing to see
@@ -48,16 +48,11 @@ def images_of(record, folder):
         return
     names = record.get("image") or []
     if isinstance(names, str):
-        names = [names] if (folder / names).is_file() else [name.strip() for name in names.split(",")]  # MiniMind-V: "a.jpg, b.jpg"
+        names = [name.strip() for name in names.split(",")]  # MiniMind-V: "a.jpg, b.jpg"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("image is neither a name nor a list of names")
     for name in names:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise ValueError("an image outside the folder of the images", f" {str(folder)!r}: {name[:80]}")
-        if not path.is_file():
-            raise ValueError("an image that is not there", f": {folder / name}; name the folder of the images with --images")
-        yield path.read_bytes(), name
+        yield find_image(name, folder).read_bytes(), name
 
 
 def placed(messages, count):

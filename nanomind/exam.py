@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from nanomind.images import find_image
 from nanomind.judge import answers
 from nanomind.records import Reader
 
@@ -63,9 +64,10 @@ def read_exam(path):
             raise ValueError(f"{where}: {'; '.join(problems)}")
         item = {"question": record["question"], "answers": found, "ignore": record.get("ignore", []), "category": record.get("category") or "all"}
         if image:
-            item["image"] = Path(path).parent / image
-            if not item["image"].is_file():
-                raise FileNotFoundError(f"{where}: {item['image']}: no such picture")
+            try:
+                item["image"] = find_image(image, Path(path).parent)
+            except ValueError as problem:
+                raise ValueError(f"{where}: {''.join(problem.args).split(';')[0]}") from None
         items.append(item)
     return items
 

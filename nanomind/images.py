@@ -9,6 +9,17 @@ import warnings
 LARGEST = 64_000_000  # pixels; a file of a few kilobytes can claim billions and fill the memory when it is decoded
 
 
+def find_image(name, folder):
+    """The path of an image that a record names: in `folder`, or in the folder images/ there, never outside. ValueError(reason, detail)."""
+    for place in (folder, folder / "images"):
+        path = (place / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise ValueError("an image outside the folder of the images", f" {str(folder)!r}: {name[:80]}")
+        if path.is_file():
+            return path
+    raise ValueError("an image that is not there", f": {folder / name}; name the folder of the images with --images")
+
+
 def open_image(data, where):
     """bytes -> PIL.Image in mode RGB: turned as its EXIF says, transparent places white, 16-bit greys scaled, of an animation the first
     picture. ValueError begins with `where`."""

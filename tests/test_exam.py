@@ -80,7 +80,7 @@ def test_exam_file_of_a_user(tmp_path):
     ('{"question": "a?"}', 'expected "answer"'), ('{"question": "a?", "answer": 2}', 'expected "answer"'), ('{"question": "a?", "answers": "b"}', 'expected "answer"'),
     ('{"question": "a?", "answer": "b", "answers": ["b"]}', 'expected "answer"'), ('{"question": "a?", "answer": "?!"}', 'expected "answer"'),
     ('{"answer": "b"}', '"question"'), ('{"question": " ", "answer": "b"}', '"question"'), ('{"question": "a?", "answer": "b", "category": 3}', '"category"'),
-    ('{"question": "a?", "answer": "b", "ignore": "b"}', '"ignore"'), ('{"question": "a?", "answer": "b", "image": "none.png"}', "no such picture"),
+    ('{"question": "a?", "answer": "b", "ignore": "b"}', '"ignore"'), ('{"question": "a?", "answer": "b", "image": "none.png"}', "an image that is not there"),
     ('{"question": "a?", ', "broken JSON"), ('["a?", "b"]', "a JSON list")])
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path, line, complaint):
     """An exam that silently loses the lines it cannot read reports the score of another exam."""
