@@ -168,6 +168,16 @@ def retrieval(model, tokenizer, source, machine, count=300):
     return {"R@1": round(100 * sum(meant[i] == meant[j] for i, j in enumerate(found)) / len(meant), 1), "chance": round(100 * chance, 1), "of": len(meant)}
 
 
+@torch.no_grad()
+def level(model, source, machine):
+    """Bring the patch features to size 1, which is what a projector expects, and change nothing of what they say: every reader of a pre-norm
+    transformer's residual stream norms it first, so all that writes to it may be divided by one number."""
+    size = watch(model, source.examples(250)[0], machine, -1).std().item()
+    for name, p in model.visual.named_parameters():
+        if name.startswith("ln_pre.") or ".attn.out_proj." in name or ".mlp.c_proj." in name:
+            p.div_(size)
+
+
 # ---- the run
 
 def learn_tokenizer(source, vocab_size):
@@ -280,22 +290,24 @@ def train(flags, model, tokenizer, source, machine, optimizer, progress, log, st
 
 
 def finish(flags, model, tokenizer, source, machine, config, progress, sizes):
-    """Round the weights to fp16, measure, write model and card."""
+    """Level the features, round the weights to fp16, measure, write model and card."""
     out = Path(flags.out)
-    model.eval().load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
+    level(model.eval(), source, machine)
+    model.load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
     probes = {layer: probe(model, source, machine, layer) for layer in (-1, -2)}
     layer = max(probes, key=lambda layer: sum(single for _, single in probes[layer].values()))
     scores = {"retrieval": retrieval(model, tokenizer, source, machine), "layer": layer, "probe": probes[layer], "untrained": progress["untrained"]}
     write_config(out, config, layer)
     write_tensors(out / "open_clip_model.safetensors", {name: tensor.half() for name, tensor in model.state_dict().items()}, {"format": "pt"})
-    card = {"command": "python -m data_prep.clip " + shlex.join(sys.argv[1:]), "seed": flags.seed, "data_sha256": progress["identity"]["data"],
+    card = {"command": "python -m data_prep.clip " + shlex.join(word for word in sys.argv[1:] if word != "--resume"), "seed": flags.seed, "data_sha256": progress["identity"]["data"],
             "weights_sha256": hashlib.sha256((out / "open_clip_model.safetensors").read_bytes()).hexdigest(), "parameters": sizes[0],
             "vision_parameters": sizes[1], "steps": progress["step"], "pictures": progress["step"] * flags.batch_size,
             "minutes": round(progress["seconds"] / 60, 1), "machine": machine.reasons, "torch": torch.__version__, "scores": scores}
     write_whole(out / "card.json", json.dumps(card, indent=2) + "\n")
     (out / "state.safetensors").unlink()
     print(f"held-out captions found: {scores['retrieval']}")
-    print("read from the mean of the patches and from one patch, % right (untrained encoder):")
+    if probes[layer]:
+        print("read from the mean of the patches and from one patch, % right (untrained encoder):")
     for name, (mean, one) in probes[layer].items():
         print(f"  {name:10} {mean:5.1f} {one:5.1f}   ({progress['untrained'][name][0]:.1f} {progress['untrained'][name][1]:.1f})")
     print(f"CLIP: {out} (layer {layer})")
