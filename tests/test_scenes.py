@@ -160,7 +160,8 @@ def test_a_killed_training_resumes_exactly(tmp_path, config, written, trained, m
             raise KeyboardInterrupt
         return batch(self, step, size)
 
-    monkeypatch.setattr(clip, "learn_tokenizer", lambda *_: (clip.Tokenizer.load(trained), clip.read_json(trained / "open_clip_config.json")["model_cfg"]["text_cfg"]["context_length"] - 1))
+    length = clip.read_json(trained / "open_clip_config.json")["model_cfg"]["text_cfg"]["context_length"]
+    monkeypatch.setattr(clip, "learn_tokenizer", lambda *_: (clip.Tokenizer.load(trained), length - 1))  # saves a second
     monkeypatch.setattr(captions.Folder, "batch", cut)
     with pytest.raises(KeyboardInterrupt):
         clip.main(flags(folder, config, written / "train.jsonl"))
