@@ -20,31 +20,34 @@ VAL_SHARE = 0.05  # of the pictures, kept out of training when no others are giv
 
 class Scenes:
     """Drawn scenes without end, each seen once. Two captions each: one names everything, the other a part, the same part throughout a
-    batch, for else the part named of one picture would be true of others as well."""
+    batch, for else the part named of one picture would be true of others as well. groups=2: every other batch shows two groups of things."""
 
     def __init__(self, seed, size, groups=1):
         if size != scenes.SIZE:
             raise ValueError(f"--config: image_size is {size}, the drawn scenes have {scenes.SIZE}")
         self.seed, self.groups = seed, groups
 
-    def one(self, number, held_out=False):
-        """-> dice, scene, language, picture."""
-        dice = Dice((2 * self.seed + held_out) * 2**40 + number)
-        scene = scenes.imagine(dice, held_out, self.groups)
-        return dice, scene, dice.pick(("zh", "en")), np.asarray(scenes.draw(dice, scene))
+    def some(self, first, count, held_out=False, groups=1):
+        """-> pictures (count, S, S, 3) uint8, their dice, scenes and languages."""
+        made = []
+        for number in range(first, first + count):
+            dice = Dice((2 * self.seed + held_out) * 2**40 + number)
+            scene = scenes.imagine(dice, held_out, groups)
+            lang = dice.pick(("zh", "en"))
+            made.append((np.asarray(scenes.draw(dice, scene)), dice, scene, lang))
+        pictures, *rest = zip(*made)
+        return np.stack(pictures), list(zip(*rest))
 
     def batch(self, step, size):
         """-> pictures (B, S, S, 3) uint8, [B captions each, ...]"""
-        made = [self.one(step * size + i) for i in range(size)]
-        part = scenes.SHORT[step % len(scenes.SHORT)]
-        return (np.stack([picture for *_, picture in made]), [[scenes.caption(dice, scene, lang) for dice, scene, lang, _ in made],
-                                                              [scenes.partly(scene, lang, part) for _, scene, lang, _ in made]])
+        pictures, made = self.some(step * size, size, groups=self.groups if step % 2 else 1)
+        part = scenes.SHORT[step // self.groups % len(scenes.SHORT)]
+        return pictures, [[scenes.caption(*one) for one in made], [scenes.partly(scene, lang, part) for _, scene, lang in made]]
 
     def examples(self, count, held_out=False):
-        """-> pictures, captions, attributes of each."""
-        made = [self.one(2**39 + i, held_out) for i in range(count)]
-        return (np.stack([picture for *_, picture in made]), [scenes.caption(dice, scene, lang) for dice, scene, lang, _ in made],
-                [scenes.attributes(scene) for _, scene, *_ in made])
+        """Scenes of one group -> pictures, captions, attributes of each."""
+        pictures, made = self.some(2**39, count, held_out)
+        return pictures, [scenes.caption(*one) for one in made], [scenes.attributes(scene) for _, scene, _ in made]
 
 
 class Folder:

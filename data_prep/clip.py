@@ -36,7 +36,7 @@ def parse_flags():
     parser.add_argument("--batch-size", type=int, default=128, help="pictures in a step, told apart from one another (default: 128)")
     parser.add_argument("--lr", type=float, default=0.015, help="peak learning rate of the layers' matrices, by Muon (default: 0.015)")
     parser.add_argument("--adam-lr", type=float, default=0.003, help="of everything else, by AdamW (default: 0.003)")
-    parser.add_argument("--groups", type=int, default=1, help="with --data demo: groups of things in a picture, 1 or 2 (default: 1)")
+    parser.add_argument("--groups", type=int, default=1, help="with --data demo: 2 shows two groups of things in every other batch (default: 1)")
     parser.add_argument("--vocab-size", type=int, default=512, help="of the captions' own tokenizer (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="fixes weights, pictures and order (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores (default: 0)")
@@ -165,7 +165,18 @@ def retrieval(model, tokenizer, source, machine, count=300):
     meant = [tuple(a.items()) if a else c for a, c in zip(attributes, captions)]
     found = (images @ texts.T).argmax(1).tolist()
     chance = sum(n * n for n in Counter(meant).values()) / len(meant)**2
-    return {"R@1": round(100 * sum(meant[i] == meant[j] for i, j in enumerate(found)) / len(meant), 1), "chance": round(100 * chance, 1), "of": len(meant)}
+    right = sum(meant[i] == meant[j] for i, j in enumerate(found)) / len(meant)
+    return {"R@1": round(100 * right, 1), "chance": round(100 * chance, 1), "of": len(meant)}
+
+
+@torch.no_grad()
+def level(model, source, machine):
+    """Bring the patch features to size 1, which is what a projector expects, and change nothing of what they say: every reader of a pre-norm
+    transformer's residual stream norms it first, so all that writes to it may be divided by one number."""
+    size = watch(model, source.examples(250)[0], machine, -1).std().item()
+    for name, p in model.visual.named_parameters():
+        if name.startswith("ln_pre.") or ".attn.out_proj." in name or ".mlp.c_proj." in name:
+            p.div_(size)
 
 
 # ---- the run
@@ -190,7 +201,10 @@ def build(config, seed):
     """A random CLIP. Its places start as loud as what is seen in them (open_clip: a tenth of that), for else left and right are learnt late or never."""
     from open_clip.model import CLIP
     torch.manual_seed(seed)
-    model = CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]), output_dict=True)
+    try:
+        model = CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]), output_dict=True)
+    except (TypeError, KeyError, AssertionError, RuntimeError) as problem:
+        raise ValueError(f"--config: open_clip cannot build this ({type(problem).__name__}: {problem})") from None
     torch.nn.init.normal_(model.visual.positional_embedding)
     return model
 
@@ -209,8 +223,8 @@ def main(flags):
         raise ValueError(f"{out}: holds a CLIP already; choose another --out" + " (it cannot be resumed: its state is gone)" * flags.resume)
     machine = choose_device("auto", "auto", flags.threads)
     print(f"machine    {machine.reasons}")
-    seed = flags.seed
-    source = Scenes(seed, eyes["image_size"], flags.groups) if flags.data == ["demo"] else Folder(flags.data, flags.val, seed, eyes["image_size"])
+    demo, size = flags.data == ["demo"], eyes["image_size"]
+    source = Scenes(flags.seed, size, flags.groups) if demo else Folder(flags.data, flags.val, flags.seed, size)
     identity = {"data": signature(source), **{name: getattr(flags, name) for name in ("seed", "batch_size", "lr", "adam_lr", "steps", "minutes")}}
     if saved:
         progress = json.loads(saved[1]["progress"])
@@ -220,14 +234,14 @@ def main(flags):
     else:
         progress = {"step": 0, "seconds": 0.0, "identity": identity}
         tokenizer, longest = learn_tokenizer(source, flags.vocab_size)
-        text = {"context_length": min(longest + 1, 77), **config["text_cfg"], "vocab_size": tokenizer.vocab_size}
+        text = {"context_length": min(longest + 1, 77), **config.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
         config = {**config, "text_cfg": text}
         tokenizer.save(out)
-    model = build(config, seed).to(machine.device)
+    model = build(config, flags.seed).to(machine.device)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.visual)]
     print(f"model      {sizes[0] / 1e6:.2f}M parameters, {sizes[1] / 1e6:.2f}M of them the eyes; {tokenizer.vocab_size} tokens for captions")
-    untrained = probe(model.eval(), source, machine, -1) if not saved else progress["untrained"]
-    progress["untrained"] = untrained
+    if not saved:
+        progress["untrained"] = probe(model.eval(), source, machine, -1)
     optimizer = Optimizer(model.train(), SimpleNamespace(optimizer="muon", lr=flags.lr, adam_lr=flags.adam_lr, weight_decay=0.05, momentum=0.95,
                                                         beta1=0.9, beta2=0.98), machine.dtype, within=".resblocks.")
     if saved:
@@ -240,7 +254,8 @@ def main(flags):
 
 
 def write_config(out, config, layer):
-    write_whole(out / "open_clip_config.json", json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS, "nanomind": {"layer": layer}}, indent=2) + "\n")
+    whole = {"model_cfg": config, "preprocess_cfg": PREPROCESS, "nanomind": {"layer": layer}}
+    write_whole(out / "open_clip_config.json", json.dumps(whole, indent=2) + "\n")
 
 
 def train(flags, model, tokenizer, source, machine, optimizer, progress, log, state_file, begun):
@@ -262,6 +277,8 @@ def train(flags, model, tokenizer, source, machine, optimizer, progress, log, st
             generator = torch.Generator().manual_seed(flags.seed * 2**32 + step)
             with machine.autocast():
                 loss, whole = loss_of(model, tokenizer, source.batch(step, flags.batch_size), generator, machine.device, model.context_length)
+            if not loss.isfinite():
+                raise ValueError(f"step {step + 1}: the loss is {loss.item()}: begin again with a lower --lr (now {flags.lr:g})")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step(schedule(now, now + 1 / flags.steps, 0.02, 1.0))
@@ -280,22 +297,25 @@ def train(flags, model, tokenizer, source, machine, optimizer, progress, log, st
 
 
 def finish(flags, model, tokenizer, source, machine, config, progress, sizes):
-    """Round the weights to fp16, measure, write model and card."""
+    """Level the features, round the weights to fp16, measure, write model and card."""
     out = Path(flags.out)
-    model.eval().load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
+    level(model.eval(), source, machine)
+    model.load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
     probes = {layer: probe(model, source, machine, layer) for layer in (-1, -2)}
     layer = max(probes, key=lambda layer: sum(single for _, single in probes[layer].values()))
     scores = {"retrieval": retrieval(model, tokenizer, source, machine), "layer": layer, "probe": probes[layer], "untrained": progress["untrained"]}
     write_config(out, config, layer)
     write_tensors(out / "open_clip_model.safetensors", {name: tensor.half() for name, tensor in model.state_dict().items()}, {"format": "pt"})
-    card = {"command": "python -m data_prep.clip " + shlex.join(sys.argv[1:]), "seed": flags.seed, "data_sha256": progress["identity"]["data"],
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # a resumed run gives the same weights
+    card = {"command": "python -m data_prep.clip " + shlex.join(words), "seed": flags.seed, "data_sha256": progress["identity"]["data"],
             "weights_sha256": hashlib.sha256((out / "open_clip_model.safetensors").read_bytes()).hexdigest(), "parameters": sizes[0],
             "vision_parameters": sizes[1], "steps": progress["step"], "pictures": progress["step"] * flags.batch_size,
             "minutes": round(progress["seconds"] / 60, 1), "machine": machine.reasons, "torch": torch.__version__, "scores": scores}
     write_whole(out / "card.json", json.dumps(card, indent=2) + "\n")
     (out / "state.safetensors").unlink()
     print(f"held-out captions found: {scores['retrieval']}")
-    print("read from the mean of the patches and from one patch, % right (untrained encoder):")
+    if probes[layer]:
+        print("read from the mean of the patches and from one patch, % right (untrained encoder):")
     for name, (mean, one) in probes[layer].items():
         print(f"  {name:10} {mean:5.1f} {one:5.1f}   ({progress['untrained'][name][0]:.1f} {progress['untrained'][name][1]:.1f})")
     print(f"CLIP: {out} (layer {layer})")

@@ -160,7 +160,8 @@ def test_a_killed_training_resumes_exactly(tmp_path, config, written, trained, m
             raise KeyboardInterrupt
         return batch(self, step, size)
 
-    monkeypatch.setattr(clip, "learn_tokenizer", lambda *_: (clip.Tokenizer.load(trained), clip.read_json(trained / "open_clip_config.json")["model_cfg"]["text_cfg"]["context_length"] - 1))
+    length = clip.read_json(trained / "open_clip_config.json")["model_cfg"]["text_cfg"]["context_length"]
+    monkeypatch.setattr(clip, "learn_tokenizer", lambda *_: (clip.Tokenizer.load(trained), length - 1))  # saves a second
     monkeypatch.setattr(captions.Folder, "batch", cut)
     with pytest.raises(KeyboardInterrupt):
         clip.main(flags(folder, config, written / "train.jsonl"))
@@ -188,6 +189,19 @@ def test_open_clip_loads_the_folder_as_it_was_saved(trained, written):
     with torch.no_grad():
         tokens = clip.patches(model.eval(), ours)
         assert torch.allclose(model.visual(ours), model.visual.ln_post(tokens.mean(1)) @ model.visual.proj, atol=1e-5), "training pools otherwise than open_clip"
+
+
+def test_features_are_of_size_one_and_say_what_they_said(config, trained, written):
+    """A projector made for features of size 1 gets nowhere with features of size 60; and rescaling must not make another encoder."""
+    source, machine = captions.Folder([written / "train.jsonl"], [], 0, 48), clip.choose_device("cpu", "fp32", 1)
+    model = clip.build(clip.read_json(trained / "open_clip_config.json")["model_cfg"], 0).eval()
+    pictures = source.examples(100)[0]
+    with torch.no_grad():
+        before = model.encode_image(clip.pixels(pictures, "cpu"), normalize=True)
+        clip.level(model, source, machine)
+        after = model.encode_image(clip.pixels(pictures, "cpu"), normalize=True)
+    assert 0.9 < clip.watch(model, pictures, machine, -1).std() < 1.1
+    assert torch.allclose(before, after, atol=1e-4)
 
 
 def test_card_and_log_of_a_training(trained):

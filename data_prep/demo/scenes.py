@@ -8,6 +8,8 @@ Next: data_prep/demo/__init__.py
 import argparse
 import functools
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,8 @@ OBJECTS = {  # English: (plural, Chinese, its measure word, drawing)
     "car": ("cars", "汽车", "辆", "pC 20 46 32 20 70 20 84 46; bC 0 44 100 74; bL 36 28 66 44; oK 10 58 40 88; oK 60 58 90 88"),
     "boat": ("boats", "船", "艘", "pD 0 66 100 66 82 100 18 100; bK 44 4 52 66; pC 56 4 56 58 100 58; pC 40 16 40 58 6 58"),
     "mushroom": ("mushrooms", "蘑菇", "个", "bL 36 46 64 100; pC 0 56 4 30 22 8 50 0 78 8 96 30 100 56; oL 22 18 40 36; oL 60 22 76 38"),
-    "umbrella": ("umbrellas", "雨伞", "把", "bK 47 0 53 94; lK 53 94 38 94 8; pC 0 50 6 26 24 8 50 2 76 8 94 26 100 50 84 42 67 50 50 42 33 50 16 42"),
+    "umbrella": ("umbrellas", "雨伞", "把", "bK 47 0 53 94; lK 53 94 38 94 8; "
+                 "pC 0 50 6 26 24 8 50 2 76 8 94 26 100 50 84 42 67 50 50 42 33 50 16 42"),
     "cup": ("cups", "杯子", "个", "oC 58 24 100 74; oL 72 38 88 60; pC 4 10 76 10 68 94 12 94"),
     "butterfly": ("butterflies", "蝴蝶", "只", "oC 0 4 48 56; oC 52 4 100 56; oD 8 48 48 96; oD 52 48 92 96; bK 45 14 55 90"),
     "flag": ("flags", "旗子", "面", "bK 8 0 18 100; pC 18 4 100 14 84 32 100 58 18 58"),
@@ -51,7 +54,8 @@ ATTRIBUTES = {"object": OBJECTS, "colour": COLOURS, "count": COUNTS, "position":
 
 # What is said. Two patterns of a caption per language: (the whole, each group of things in it).
 CAPTIONS = {
-    "zh": (("{time}，{things}。", "{position}有{count}{measure}{colour}的{object}"), ("{things}，这是{time}。", "{count}{measure}{colour}的{object}在{position}")),
+    "zh": (("{time}，{things}。", "{position}有{count}{measure}{colour}的{object}"),
+           ("{things}，这是{time}。", "{count}{measure}{colour}的{object}在{position}")),
     "en": (("By {time}, {things}.", "{count} {colour} {object} {position}"), ("{things}, by {time}.", "{position} {count} {colour} {object}")),
 }
 REQUESTS = {
@@ -59,15 +63,24 @@ REQUESTS = {
     "en": ("Describe the picture.", "What does this image show?", "Tell me about this picture.", "Describe the image in one sentence."),
 }
 QUESTIONS = {  # about a picture with one group of things
-    "zh": {"object": ("这是什么东西？", "画的是什么东西？", "图里是什么东西？"), "colour": ("是什么颜色？", "东西是什么颜色的？", "图里的东西是什么颜色？"),
-           "count": ("有几个？", "图里一共有几个？", "数一数，有几个？"), "position": ("在哪里？", "东西在图的哪里？", "在图片的什么位置？"),
-           "time": ("是白天还是夜晚？", "这是什么时候？", "图里是白天还是夜晚？")},
-    "en": {"object": ("What thing is it?", "Which thing do you see?", "What thing is drawn?"), "colour": ("What colour is it?", "Which colour do you see?", "What is its colour?"),
-           "count": ("How many are there?", "How many do you see?", "Count them."), "position": ("Where is it?", "Where in the picture?", "Where do you see it?"),
-           "time": ("Is it day or night?", "What time is it?", "Day or night?")},
+    "zh": {
+        "object": ("这是什么东西？", "画的是什么东西？", "图里是什么东西？"),
+        "colour": ("是什么颜色？", "东西是什么颜色的？", "图里的东西是什么颜色？"),
+        "count": ("有几个？", "图里一共有几个？", "数一数，有几个？"),
+        "position": ("在哪里？", "东西在图的哪里？", "在图片的什么位置？"),
+        "time": ("是白天还是夜晚？", "这是什么时候？", "图里是白天还是夜晚？"),
+    },
+    "en": {
+        "object": ("What thing is it?", "Which thing do you see?", "What thing is drawn?"),
+        "colour": ("What colour is it?", "Which colour do you see?", "What is its colour?"),
+        "count": ("How many are there?", "How many do you see?", "Count them."),
+        "position": ("Where is it?", "Where in the picture?", "Where do you see it?"),
+        "time": ("Is it day or night?", "What time is it?", "Day or night?"),
+    },
 }
 OF_ONE = {  # about one of several groups
-    "zh": {"object": "{position}是什么东西？", "colour": "{position}的东西是什么颜色？", "count": "{position}有几个？", "position": "{object}在哪里？"},
+    "zh": {"object": "{position}是什么东西？", "colour": "{position}的东西是什么颜色？", "count": "{position}有几个？",
+           "position": "{object}在哪里？"},
     "en": {"object": "What thing is {position}?", "colour": "What colour is the thing {position}?", "count": "How many are there {position}?",
            "position": "Where do you see the {object}?"},
 }
@@ -106,10 +119,12 @@ class Scene:
         name = list(OBJECTS)[one.object]
         plural, chinese, measure, _ = OBJECTS[name]
         if lang == "zh":
-            return {"thing": chinese, "object": chinese, "measure": measure, "colour": list(COLOURS.values())[one.colour][0], "time": list(TIMES.values())[self.time],
-                    "count": list(COUNTS.values())[one.count], "position": list(POSITIONS.values())[one.position]}
-        return {"thing": name, "object": plural if one.count else name, "colour": list(COLOURS)[one.colour], "count": list(COUNTS)[one.count],
-                "position": list(POSITIONS)[one.position], "time": list(TIMES)[self.time]}
+            words = {"thing": chinese, "object": chinese, "measure": measure, "colour": list(COLOURS.values())[one.colour][0]}
+        else:
+            words = {"thing": name, "object": plural if one.count else name, "colour": list(COLOURS)[one.colour]}
+        for key, table, i in (("count", COUNTS, one.count), ("position", POSITIONS, one.position), ("time", TIMES, self.time)):
+            words[key] = list(table.values() if lang == "zh" else table)[i]
+        return words
 
 
 def imagine(dice, held_out=False, groups=1):
@@ -135,8 +150,8 @@ def sprite(name, colour, size, mirrored):
     """A thing of `size` pixels: (its colours, its mask), both averaged down from FINE times that size."""
     from PIL import Image, ImageDraw, ImageOps
     scale, line = size * FINE, max(1, size * FINE // 22)
-    red_green_blue = COLOURS[colour][1]
-    fills = {"C": red_green_blue, "D": tuple(c * 7 // 10 for c in red_green_blue), "L": tuple(c + (255 - c) * 6 // 10 for c in red_green_blue), "K": OUTLINE}
+    plain = COLOURS[colour][1]
+    fills = {"C": plain, "D": tuple(c * 7 // 10 for c in plain), "L": tuple(c + (255 - c) * 6 // 10 for c in plain), "K": OUTLINE}
     picture, mask = Image.new("RGB", (scale, scale), OUTLINE), Image.new("L", (scale, scale), 0)
     for part in OBJECTS[name][3].split("; "):
         kind, *numbers = part.split()
@@ -191,15 +206,16 @@ def caption(dice, scene, lang):
 
 
 def partly(scene, lang, names):
-    """A few words that name some attributes of the first group."""
-    words = scene.words(lang)
-    return ("，" if lang == "zh" else ", ").join(words[name] for name in names)
+    """A few words that name some attributes of each group; of several groups also where they are."""
+    names = names if len(scene.groups) == 1 else dict.fromkeys((*names, "position"))
+    return ("，" if lang == "zh" else ", ").join(scene.words(lang, i)[name] for i in range(len(scene.groups)) for name in names)
 
 
 def question(dice, scene, lang, name, group=0):
     """(question, answer) about one attribute."""
     words = scene.words(lang, group)
-    asked = dice.pick(QUESTIONS[lang][name]) if len(scene.groups) == 1 or name == "time" else OF_ONE[lang][name].format(**words)
+    general = len(scene.groups) == 1 or name == "time"
+    asked = dice.pick(QUESTIONS[lang][name]) if general else OF_ONE[lang][name].format(**words)
     return asked, capital(ANSWERS[lang][name].format(**words))
 
 
@@ -209,7 +225,8 @@ def yes_no(dice, scene, lang):
     there, wrong = dice.random() < 0.5, dice.random() < 0.5
     other = group
     while not there and any((other.object, other.colour) == (one.object, one.colour) for one in scene.groups):
-        other = Group(dice.between(0, len(OBJECTS) - 1) if wrong else group.object, group.colour if wrong else dice.between(0, len(COLOURS) - 1), 1, 0)
+        thing, colour = dice.between(0, len(OBJECTS) - 1), dice.between(0, len(COLOURS) - 1)
+        other = Group(thing if wrong else group.object, group.colour if wrong else colour, 1, 0)
     asked, yes, no = YES_NO[lang]
     return asked.format(**Scene((Group(other.object, other.colour, 1, 0),), 0, False).words(lang)), yes if there else no
 
@@ -235,24 +252,28 @@ def attributes(scene):
 
 
 def write_scenes(out, seed=0, train=8000, val=400, groups=1):
-    """Write OUT/scenes/ and return the paths of train.jsonl, val.jsonl and exam.jsonl, each complete or not there. The exam asks about every
+    """Write OUT/scenes/, complete or not at all, and return the paths of its train.jsonl, val.jsonl and exam.jsonl. The exam asks about every
     picture of val: {"image", "question", "answer", "category", "lang"}; a reply is right when it contains the answer."""
     if groups not in (1, 2) or train < 1 or val < 1:
         raise ValueError(f"--groups {groups} --train {train} --val {val}: expected 1 or 2 groups and at least one picture of each")
-    folder = Path(out) / "scenes"
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder, beside = Path(out) / "scenes", Path(out) / ".scenes.unfinished"
+    shutil.rmtree(beside, ignore_errors=True)
+    (beside / "images").mkdir(parents=True)
     lines = {"train": [], "val": [], "exam": []}
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             dice = Dice((2 * seed + (split == "val")) * 2**32 + number)
             scene, lang, name = imagine(dice, split == "val", groups), ("zh", "en")[number % 2], f"{split}_{number:05}.png"
-            draw(dice, scene).save(folder / "images" / name, compress_level=1)
+            draw(dice, scene).save(beside / "images" / name, compress_level=1)
             lines[split].append({"image": name, "conversations": conversation(dice, scene, lang), "attributes": attributes(scene)})
             for category in ATTRIBUTES if split == "val" else ():
                 answer = scene.words(lang)["thing" if category == "object" else category]
-                lines["exam"].append({"image": name, "question": question(dice, scene, lang, category)[0], "answer": answer, "category": category, "lang": lang})
+                lines["exam"].append({"image": name, "question": question(dice, scene, lang, category)[0], "answer": answer,
+                                      "category": category, "lang": lang})
     for split, records in lines.items():
-        write_whole(folder / f"{split}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_whole(beside / f"{split}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
     return [folder / f"{split}.jsonl" for split in lines]
 
 
