@@ -89,6 +89,8 @@ def normalise(text):
 
 def contains(text, piece, ignore=()):
     """Does a text hold a piece as a whole (all normalised), not cut out of a longer number or word, nor out of one of the names to ignore?"""
+    if piece not in text:
+        return False
     before = after = ""
     if re.match(LETTER, piece[0]) or piece[0] == "-":
         before = rf"(?<!{LETTER})(?<!\d\.)(?<!-)" if piece[0].isdigit() else rf"(?<!{LETTER})"

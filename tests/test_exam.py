@@ -17,6 +17,7 @@ from data_prep.demo.pretrain import Dice
 from data_prep.demo.world import LANGUAGES, held_out, passages, relations
 from nanomind.exam import DECLINES, grade, normalise, read_exam, score, table, wilson
 
+FROZEN = {"first": "ad5de85ad3cc55b1", "second": "ce90389e4227f446"}
 WORLD = {relation.name: relation for relation in relations() if relation.name != "is"}
 
 
@@ -161,6 +162,13 @@ def test_no_wording_occurs_twice_or_in_the_tables():
     assert not seen & read
 
 
+def test_the_wordings_are_frozen():
+    """A question made easier after its answer was seen is no question any more. Who changes one says so here, and scores everything again."""
+    for which, digest in FROZEN.items():
+        text = (demo.FOLDER / "exam" / f"{which}.txt").read_text(encoding="utf-8")
+        assert hashlib.sha256(text.encode("utf-8")).hexdigest().startswith(digest), which
+
+
 def test_names_of_unknown_questions():
     """A 'does not exist here' that stands in a table after all would punish the right answer; so would an unheard attribute of an unheard thing."""
     names = normalise(" | ".join(name for relation in WORLD.values() for fact in relation.facts for side in fact[1:] for own in side.values() for name in own))
@@ -193,14 +201,14 @@ def test_the_tables_own_sentences_are_right_and_those_of_other_facts_are_not():
             for number, fact in enumerate(facts):
                 right = demo.answers(fact, lang, more)
                 item = {"answers": right, "ignore": demo.ignored(fact, lang, right, relation)}
-                for template in relation.templates[lang][number % 3::3]:
-                    text = Dice(0).choose(template).replace("{s}", fact.subject[lang][0])
-                    assert grade(text.replace("{o}", fact.object[lang][0]), item) == (True, False), text
-                    other = facts[(number + 1) % len(facts)].object[lang][0]
-                    if other not in right:
-                        wrong += 1
-                        other_right += grade(text.replace("{o}", other), item)[0]
-    assert wrong > 5000 and other_right <= 0.003 * wrong
+                template = relation.templates[lang][number % len(relation.templates[lang])]
+                text = Dice(0).choose(template).replace("{s}", fact.subject[lang][0])
+                assert grade(text.replace("{o}", fact.object[lang][0]), item) == (True, False), text
+                other = facts[(number + 1) % len(facts)].object[lang][0]
+                if other not in right:
+                    wrong += 1
+                    other_right += grade(text.replace("{o}", other), item)[0]
+    assert wrong > 1500 and other_right <= 0.003 * wrong
 
 
 def test_questions(sets):
