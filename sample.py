@@ -29,6 +29,7 @@ def flags(argv):
     parser.add_argument("--prompt", help="answer or continue this text and stop; - reads it from standard input")
     parser.add_argument("--auto", action="store_true", help="answer or continue the fixed prompts and stop")
     parser.add_argument("--exam", metavar="FILE", help="ask the questions of an exam file greedily, print the share of right answers by category and stop")
+    parser.add_argument("--blind", action="store_true", help="with --exam: show the picture of another question, to see what is guessed")
     parser.add_argument("--image", default="", metavar="FILE", help="a picture, or a folder of them, to describe or to answer --prompt about")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt of a conversation")
     parser.add_argument("--mode", default="auto", choices=("auto", "chat", "complete"), help="answer, or continue text; auto: what the model was trained for")
@@ -50,6 +51,7 @@ def flags(argv):
         (args.exam and any(getattr(args, name) != parser.get_default(name) for name in (
             "prompt", "auto", "image", "system", "mode", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")),
          "--exam asks its own questions, one by one and greedily: leave out --prompt, --auto, --image, --system, --mode and the flags of sampling"),
+        (args.blind and not args.exam, "--blind goes with --exam"),
         (args.phase and args.stage != "vlm", "--phase is of --stage vlm"),
         (args.image and args.auto, "--image FOLDER walks through its pictures by itself: leave out --auto"),
         (args.auto and args.prompt is not None, "--auto and --prompt exclude each other"),
@@ -75,7 +77,7 @@ def main():
         writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system,
                               find_eyes(folder, model) if args.image or hasattr(model, "vision") else None))
     for writer in writers if args.exam else []:
-        print(*[writer.name] * bool(writer.name), exam.table(sit(writer, items)), sep="\n")
+        print(*[writer.name] * bool(writer.name), exam.table(sit(writer, items, args.blind)), sep="\n")
     if args.exam:
         return None
     if args.image:
@@ -152,12 +154,13 @@ def describe(writers, paths, prompt):
         print()
 
 
-def sit(writer, items):
-    """Put an exam to a model; its pictures, when it has some, a hundred at a time."""
+def sit(writer, items, blind=False):
+    """Put an exam to a model; its pictures, when it has some, are encoded a hundred at a time. blind: each question gets the picture of another."""
     from nanomind import exam, judge
     features = None
     if writer.look and any("image" in item for item in items):
         paths = [item["image"] for item in items if "image" in item]
+        paths = [*paths[len(paths) // 2:], *paths[:len(paths) // 2]] if blind else paths
         seen = (features for at in range(0, len(paths), 100) for features in writer.look(paths[at:at + 100]).split(1))
         features = [next(seen) if "image" in item else None for item in items]
     write = functools.partial(judge.answers, features=features) if features else judge.answers
