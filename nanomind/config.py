@@ -171,7 +171,7 @@ class TrainConfig:
                              "safetensors, or a model name of open_clip such as ViT-B-16")
     clip_weights: str = knob("openai", "weights of a --clip that is a name: an open_clip tag, a local file, or none (random, to try things out)")
     projector: str = knob("linear", "from features to embeddings: linear, or mlp", ("linear", "mlp"))
-    projector_lr: float = knob(0.001, "peak learning rate of the projector")
+    projector_lr: float = knob(0.003, "peak learning rate of the projector")
     feature_budget: float = knob(4.0, "GB: pictures whose features fit are encoded once and kept in the data folder, else in every batch")
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")

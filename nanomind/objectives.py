@@ -213,7 +213,8 @@ class DPO:
             loss = (margin / self.beta - 1 / (2 * self.beta)).square()
         else:
             loss = -(1 - self.smoothing) * F.logsigmoid(margin) - self.smoothing * F.logsigmoid(-margin)
-        metrics = {"accuracy": (margin > 0).float().sum(), "preferred": (policy[:, 0] > policy[:, 1]).float().sum(), "margin": margin.sum(),
+        won = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as everywhere before the first step, is half
+        metrics = {"accuracy": won.sum(), "preferred": (policy[:, 0] > policy[:, 1]).float().sum(), "margin": margin.sum(),
                    "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum(), "chosen_logp": policy[:, 0].sum(),
                    "rejected_logp": policy[:, 1].sum(), "kl": (reference - policy).mean(1).sum()}
         return loss.sum(), {name: value.detach() for name, value in metrics.items()}

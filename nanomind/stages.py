@@ -57,10 +57,10 @@ STAGES = {
     "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
     "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
     "distill": Stage("chat", "sft.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
-    "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
+    "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss")),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.5),
-    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, (), EYES, minutes=4.3),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.8),
+    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, minutes=4.2),
 }
 GROUPS = {"vlm": ("vlm-1", "vlm-2")}  # names of several rows, one after the other; --phase N takes the N-th
 
