@@ -129,7 +129,7 @@ def test_what_sample_asks_is_how_the_training_documents_begin(tmp_path, tok):
             assert document[:len(ids)] == ids and folder.train.mask[len(ids)] and not folder.train.mask[len(ids) - 1]
             assert document[len(ids):][:len(t.encode(answer)) + 1] == t.encode(answer) + [t.im_end]
             writer.history.append({"role": "assistant", "content": answer})
-            assert ids[:1] == [t.end_of_text] and (question is not talk[0] or judge.questions(folder.train, 1)[0] == [ids])
+            assert ids[:1] == [t.end_of_text] and (question is not talk[0] or judge.questions(SimpleNamespace(split=folder.train, features=None), 1)[0] == [ids])
 
 
 TEXT = some.text(max_size=12) | some.sampled_from([INJECTION, "{{ messages }}", "{% raw %}", " \n x \n\n", "\u2028", "'\\"])
@@ -262,7 +262,7 @@ def test_pairs_are_used_or_left_out_as_pairs(tmp_path, tok):
     folder = make("pairs", tmp_path, tok, records)
     rows = PackedTokens(folder.train, folder.tokenizer, 128, 2, whole=True, group=2)
     assert rows.left_out == {"longer than 128 tokens": 8} and "left out 8 longer" in rows.summary()
-    assert len(judge.questions(folder.train, 24)[0]) == 12  # both documents of a pair ask the same
+    assert len(judge.questions(SimpleNamespace(split=folder.train, features=None), 24)[0]) == 12  # both documents of a pair ask the same
     seen = []
     for batch in rows.every_row():
         assert batch.n_targets == len(batch.places()[batch.doc_ids >= 0].unique()) // 2

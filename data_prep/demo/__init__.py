@@ -16,5 +16,5 @@ def write(out, seed=0, exposures=80, asked=20, mixed=0, files=FILES):
     each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted."""
     writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),
                "sft.jsonl": lambda: write_sft(out, seed, asked), "dpo.jsonl": lambda: write_dpo(out, seed),
-               "scenes/train.jsonl": lambda: write_scenes(out, seed)}
+               "scenes/train.jsonl": lambda: write_scenes(out, seed)[0]}
     return [writers[file]() for file in files]
