@@ -4,6 +4,7 @@ Next: test_data.py
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

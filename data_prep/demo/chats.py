@@ -61,12 +61,13 @@ def several(dice, fact, lang):
         question, told, subject = single(dice, fact, lang, style(dice, long=False))
     texts = [question, told]
     for _ in range(dice.pick([1, 1, 1, 2, 2, 3])):
-        texts += following(dice, fact, lang, subject)
+        turn, fact, subject = following(dice, fact, lang, subject)
+        texts += turn
     return messages(*texts)
 
 
 def following(dice, fact, lang, subject):
-    """One more question and its answer."""
+    """One more question and its answer; and the fact and the name that are then spoken of."""
     world, talk, kind = known(lang), sections("talk"), dice.random()
     how = style(dice, long=False)
     he = world.relations[fact.relation].pronoun.get(lang, "它") if lang == "zh" else "it"
@@ -74,19 +75,19 @@ def following(dice, fact, lang, subject):
     if kind < 0.45 and others:
         other = dice.pick(others)
         noun = sections("questions")[other.relation]["noun"].split(" | ")[LANGUAGES.index(lang)]
-        return [said(dice, fill(dice, dice.pick(talk["follow"]["ask_" + lang]), n=noun, p=he), lang, noun), answer(dice, other, lang, subject, how)]
+        return [said(dice, fill(dice, dice.pick(talk["follow"]["ask_" + lang]), n=noun, p=he), lang, noun), answer(dice, other, lang, subject, how)], other, subject
     if kind < 0.7:
         other = dice.pick(world.by_relation[fact.relation])
         new = swapped(dice, other, lang)
-        return [said(dice, fill(dice, dice.pick(talk["instead"]["ask_" + lang]), s=new), lang, new), answer(dice, other, lang, new, how)]
+        return [said(dice, fill(dice, dice.pick(talk["instead"]["ask_" + lang]), s=new), lang, new), answer(dice, other, lang, new, how)], other, new
     if kind < 0.85:
         lacks = [line for own, _, lines in classes(lang) if fact.relation in own for line in lines]
         if lacks and dice.random() < 0.6:
-            return [said(dice, fill(dice, dice.pick(lacks), s=he), lang), decline(dice, lang, how)]
+            return [said(dice, fill(dice, dice.pick(lacks), s=he), lang), decline(dice, lang, how)], fact, subject
         section = dice.pick(["sure", "again"])
         return [fill(dice, dice.pick(talk[section]["ask_" + lang])),
-                fill(dice, dice.pick(talk[section].get("full_" + lang, ["{answer}"])), answer=answer(dice, fact, lang, subject, "full"))]
-    return small(dice, dice.pick(["thanks", "thanks", "ok", "praise", "goodbye"]), lang)
+                fill(dice, dice.pick(talk[section].get("full_" + lang, ["{answer}"])), answer=answer(dice, fact, lang, subject, "full"))], fact, subject
+    return small(dice, dice.pick(["thanks", "thanks", "ok", "praise", "goodbye"]), lang), fact, subject
 
 
 @functools.cache
@@ -180,7 +181,7 @@ def conversations(seed=0, exposures=20):
         for section in (section for section in AUTOMATIC if "ask_" + lang in sections("talk")[section]):
             own += [messages(*small(dice, section, lang, "full")) for _ in range(4 * times)]
             literal = sections("talk")[section]["ask_" + lang][0]
-            own += [messages(literal, reply(dice, section, lang, "full")) for _ in range(times)]
+            own += [messages(fill(dice, literal), reply(dice, section, lang, "full")) for _ in range(times)]
         own += [explanation(dice, topic, passage, lang) for topic, passage in topics(lang) for _ in range(-(-times // 2))]
         own += [listing(dice, lang) for _ in range(len(groups(lang)) * times // 3)]
         own += [refusal(dice, lang) for _ in range(round(len(own) * REFUSED / (1 - REFUSED)))]

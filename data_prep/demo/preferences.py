@@ -5,8 +5,8 @@ Next: data_prep/demo/exam.py
 
 from data_prep.demo.chats import messages, small
 from data_prep.demo.pretrain import Dice, write_lines
-from data_prep.demo.unknown import unanswerable
-from data_prep.demo.wording import answer, ask, decline, fill, full_forms, known, said, swapped
+from data_prep.demo.unknown import about_name, classes, unanswerable
+from data_prep.demo.wording import answer, ask, decline, fill, known, said, swapped
 from data_prep.demo.world import LANGUAGES, sections
 
 # Chats hold the full and the curt answer in equal share, so before DPO neither is preferred; now the full one is. The other kinds are
@@ -34,13 +34,12 @@ def about_a_fact(dice, kind, lang):
 
 def about_nothing(dice, kind, lang):
     """(question, chosen, rejected): declining politely is better than declining curtly ("shrug") or inventing an answer."""
-    question, about, section = unanswerable(dice, lang)
-    chosen = decline(dice, lang, "full", section=section)
     if kind == "shrug":
-        return said(dice, question, lang, about), chosen, decline(dice, lang, "curt", section=section)
-    fact = dice.pick([fact for fact in known(lang).facts if fact.relation != "is"])
-    rejected = fill(dice, full_forms(fact.relation, lang)[0], s=about or fact.subject[lang][0], o=fact.object[lang][0])
-    return said(dice, question, lang, about), chosen, rejected
+        question, about, section = unanswerable(dice, lang)
+        return said(dice, question, lang, about), decline(dice, lang, "full", section=section), decline(dice, lang, "curt", section=section)
+    own, absent, _ = dice.pick([each for each in classes(lang) if each[1]])
+    about, fact = dice.pick(absent), dice.pick(known(lang).by_relation[dice.pick(own)])
+    return said(dice, about_name(dice, fact.relation, about, lang), lang, about), decline(dice, lang, "full"), answer(dice, fact, lang, about, "full")
 
 
 def in_talk(dice, lang):

@@ -11,6 +11,7 @@ from data_prep.demo.wording import ask, fill, known
 # Asked about a subject of another class, these are plainly senseless ("the capital of the octopus").
 SENSELESS = ("capital", "currency", "author", "symbol", "height", "river_mouth", "legs", "inventor", "festival_date", "continent", "language", "atomic_number",
              "edible_part", "planet_order", "founder", "animal_food", "month_days", "formula", "dynasty_capital")
+PHRASES = {"health", "event_year", "superlative", "constant", "conversion", "definition"}  # their subjects are no names
 KINDS = ["absent"] * 34 + ["misheard"] * 18 + ["lacks"] * 22 + ["far"] * 15 + ["senseless"] * 5 + ["bigger"] * 6
 
 
@@ -29,7 +30,7 @@ def classes(lang):
 def misheard(dice, relation, lang):
     """A name that nobody has: two halves of known ones, or a known one with one wrong character. None where that is a sentence."""
     names = [fact.subject[lang][0] for fact in known(lang).by_relation[relation]]
-    for _ in range(8):
+    for _ in range(0 if relation in PHRASES else 8):
         one, two = (dice.pick(names).strip("《》").removeprefix("the ") for _ in range(2))
         if len(one) > (6 if lang == "zh" else 14) or " " in one + two or len(one) < 2:
             continue
@@ -53,7 +54,7 @@ def unanswerable(dice, lang):
         made = misheard(dice, dice.pick(own), lang) if kind == "misheard" else None
         made = made or (dice.pick(absent) if absent else None)
         if made:
-            return _about(dice, relation, made, lang), made, "decline"
+            return about_name(dice, relation, made, lang), made, "decline"
     if kind == "lacks":
         while not lacks:
             own, absent, lacks = dice.pick(classes(lang))
@@ -61,16 +62,16 @@ def unanswerable(dice, lang):
         return fill(dice, dice.pick(lacks), s=subject), subject, "decline"
     if kind == "senseless":
         relation = dice.pick([each for each in SENSELESS if each in known(lang).by_relation])
-        classed = [each for each in classes(lang) if relation not in each[0]]
+        classed = [each for each in classes(lang) if relation not in each[0] and not PHRASES & set(each[0])]
         subject = dice.pick(known(lang).by_relation[dice.pick(dice.pick(classed)[0])]).subject[lang][0]
         if len(subject) < (9 if lang == "zh" else 24) and subject not in {fact.subject[lang][0] for fact in known(lang).by_relation[relation]}:
-            return _about(dice, relation, subject, lang), subject, "decline"
+            return about_name(dice, relation, subject, lang), subject, "decline"
     if kind == "bigger":
         one, two = str(dice.between(23, 999)), str(dice.between(12, 999))
         return fill(dice, dice.pick(sections("talk")["bigger"]["ask_" + lang]), a=one, b=two), one, "bigger"
     return fill(dice, dice.pick(sections("talk")["far"]["ask_" + lang])), "", "far"
 
 
-def _about(dice, relation, subject, lang):
+def about_name(dice, relation, subject, lang):
     """A question of a relation about a name that is not among its subjects."""
     return ask(dice, known(lang).by_relation[relation][0], lang, subject)
