@@ -139,7 +139,8 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     before = contents(tmp_path / "x")
     path.write_text("".join(json.dumps({"text": str(i * i) * 50}) + "\n" for i in range(60_000)))
     command = [sys.executable, "-m", "data_prep.text", "--input", path, "--tokenizer", tok, "--out", tmp_path / "x", "--overwrite", "--workers", "2"]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job inherits "ignore"
     tokens = tmp_path / ".x.unfinished" / "train" / "tokens.bin"
     wait_until(lambda: tokens.exists() and tokens.stat().st_size)
     workers = children(parent.pid)
