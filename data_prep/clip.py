@@ -40,6 +40,8 @@ def parse_flags():
     parser.add_argument("--vocab-size", type=int, default=512, help="of the captions' own tokenizer (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="fixes weights, pictures and order (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores (default: 0)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="auto: what is measured to be faster; a resumed run keeps its own (default: auto)")
     parser.add_argument("--resume", action="store_true", help="go on from the last save in DIR; starts afresh when there is none")
     return parser.parse_args()
 
@@ -221,18 +223,18 @@ def main(flags):
     saved = read_tensors(state_file) if flags.resume and state_file.is_file() else None
     if not saved and (out / "open_clip_model.safetensors").is_file():
         raise ValueError(f"{out}: holds a CLIP already; choose another --out" + " (it cannot be resumed: its state is gone)" * flags.resume)
-    machine = choose_device("auto", "auto", flags.threads)
+    progress = json.loads(saved[1]["progress"]) if saved else {"step": 0, "seconds": 0.0}
+    machine = choose_device("auto", progress.get("precision", flags.precision), flags.threads)
     print(f"machine    {machine.reasons}")
     demo, size = flags.data == ["demo"], eyes["image_size"]
     source = Scenes(flags.seed, size, flags.groups) if demo else Folder(flags.data, flags.val, flags.seed, size)
     identity = {"data": signature(source), **{name: getattr(flags, name) for name in ("seed", "batch_size", "lr", "adam_lr", "steps", "minutes")}}
     if saved:
-        progress = json.loads(saved[1]["progress"])
         if progress["identity"] != identity:
             raise ValueError(f"{out}: cannot be resumed with other data or flags; it has {json.dumps(progress['identity'])}")
         tokenizer, config = Tokenizer.load(out), read_json(out / "open_clip_config.json")["model_cfg"]
     else:
-        progress = {"step": 0, "seconds": 0.0, "identity": identity}
+        progress |= {"identity": identity, "precision": "bf16" if machine.dtype == torch.bfloat16 else "fp32"}
         tokenizer, longest = learn_tokenizer(source, flags.vocab_size)
         text = {"context_length": min(longest + 1, 77), **config.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
         config = {**config, "text_cfg": text}
