@@ -228,6 +228,7 @@ def test_questions(sets):
             places = [key for key in held if key[1] == item["lang"] and key[2] == item["ignore"][0]
                       and normalise(item["question"]) in {normalise(text.replace("{s}", key[2])) for text in asked[key[0]][key[1]]}]
             assert len(places) == 1 and held[places[0]] == (item["category"] == "read"), item
+            assert "一" not in item["answers"], "which is in 一种 and 一个"
             assert item["answers"] and not any(normalise(marker) in normalise(text) for text in item["answers"] for marker in DECLINES)
 
 

@@ -54,7 +54,7 @@ def accepted():
 
 
 def chinese_number(number):
-    """The numeral of 1..99: 21 -> 二十一."""
+    """The numeral of 2..99: 21 -> 二十一."""
     tens, ones = divmod(number, 10)
     digits = ["", *"一二三四五六七八九"]
     return (digits[tens] if tens > 1 else "") + ("十" if tens else "") + digits[ones]
@@ -75,7 +75,7 @@ def answers(fact, lang, more):
             found += re.split("[、和]", text) if lang == "zh" else [part for piece in text.split(", ") for part in piece.split(" and ", 1)]
         if fact.relation in NUMBERS and (number := NUMBER[lang].fullmatch(text)):
             found.append(number[1])
-        if lang == "zh" and text.isdecimal() and 0 < int(text) < 100:
+        if lang == "zh" and text.isdecimal() and 1 < int(text) < 100:  # 一 is in 一种, 一个
             found.append(chinese_number(int(text)))
     return list(dict.fromkeys(found + extra[0] + extra[1]))
 
