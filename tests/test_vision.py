@@ -156,6 +156,20 @@ def test_without_a_network_it_says_what_to_fetch():
         load_encoder("ViT-B-16", "laion2b_s34b_b88k")
 
 
+def test_a_tag_decides_the_activation(clip, tmp_path, monkeypatch):
+    """OpenAI's weights were trained with QuickGELU. For --clip ViT-B-16 --clip-weights openai open_clip builds a model with plain GELU, warns, and
+    every feature is a little wrong."""
+    import open_clip
+    (tmp_path / "tiny-clip.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
+    open_clip.add_model_config(tmp_path)
+    tag = {"hf_hub": "someone/tiny/", "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "interpolation": "bicubic", "resize_mode": "squash", "quick_gelu": True}
+    for place in (open_clip, open_clip.factory):
+        monkeypatch.setattr(place, "get_pretrained_cfg", lambda model, name: tag if name == "openai" else {})
+        monkeypatch.setattr(place, "download_pretrained", lambda cfg, **_: str(clip / "open_clip_model.safetensors"))
+    assert "QuickGELU" in repr(load_encoder("tiny-clip", "openai").tower)
+    assert "QuickGELU" not in repr(load_encoder("tiny-clip", str(clip / "open_clip_model.safetensors")).tower)
+
+
 # ---- projector and splice
 
 def test_parameters_are_those_of_the_reference():
