@@ -31,6 +31,8 @@ def flags(argv):
     parser.add_argument("--exam", metavar="FILE", help="ask the questions of an exam file greedily, print the share of right answers by category and stop")
     parser.add_argument("--blind", action="store_true", help="with --exam: show the picture of another question, to see what is guessed")
     parser.add_argument("--image", default="", metavar="FILE", help="a picture, or a folder of them, to describe or to answer --prompt about")
+    parser.add_argument("--clip", default="", help="where the encoder of a model that sees lies now (default: where it lay in training)")
+    parser.add_argument("--clip-weights", default="", help="its weights: an open_clip tag or a local file")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt of a conversation")
     parser.add_argument("--mode", default="auto", choices=("auto", "chat", "complete"), help="answer, or continue text; auto: what the model was trained for")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
@@ -75,7 +77,7 @@ def main():
             raise ValueError(f"{folder}: its tokenizer has no <|im_start|>, so it cannot chat here; use --mode complete")
         print(f"{folder}: {model.config.parameters() / 1e6:.2f}M parameters, {machine}, {'answers' if chat else 'continues text'}", file=sys.stderr)
         writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system,
-                              find_eyes(folder, model) if args.image or hasattr(model, "vision") else None))
+                              find_eyes(folder, model, args.clip, args.clip_weights) if args.image or hasattr(model, "vision") else None))
     for writer in writers if args.exam else []:
         print(*[writer.name] * bool(writer.name), exam.table(sit(writer, items, args.blind)), sep="\n")
     if args.exam:
@@ -116,8 +118,9 @@ def converse(writers):
                 writer.show(line)
 
 
-def find_eyes(folder, model):
-    """A function from image files to their features, with the encoder that the checkpoint was trained with; it loads at the first picture."""
+def find_eyes(folder, model, clip="", weights=""):
+    """A function from image files to their features, with the encoder that the checkpoint was trained with (clip, weights: where it lies now);
+    it loads at the first picture."""
     if not hasattr(model, "vision"):
         raise ValueError(f"{folder}: this model reads text only; a model with eyes is trained by python train.py --stage vlm")
     loaded = []
@@ -126,7 +129,7 @@ def find_eyes(folder, model):
         import torch
         from nanomind.vision import matching_encoder
         if not loaded:
-            loaded.append(matching_encoder(model.vision))
+            loaded.append(matching_encoder(model.vision, clip, weights))
         return loaded[0].encode(torch.stack([loaded[0].pixels(path.read_bytes(), str(path)) for path in paths]))  # (m, P, E)
     return look
 

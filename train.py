@@ -23,7 +23,8 @@ import torch
 
 from nanomind import checkpoint, device, generate, judge, optim, parallel, plan, stages
 
-KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch")
+KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch",
+                  "clip", "clip_weights")  # of the last two only the place: the encoder itself must be the same
 
 
 def main(given):
@@ -70,7 +71,7 @@ def train(given):
         return plan.show(cfg, name, model_config, stages.estimated_tokens(cfg), machine.rate, stage)
     with group.first():
         data = stages.find_data(cfg, stage, folder.parent)
-    encoder = stages.find_encoder(cfg, stage, folder if saved else None)
+    encoder = stages.find_encoder(cfg, stage, given, folder if saved else None)
     identity = {"tokenizer": data.meta["tokenizer"], "splits": data.meta["splits"]}
     if saved and saved[1]["data"] != identity:
         raise ValueError(f"{data.path}: not the data this run was trained on; --run NAME --init {folder} starts a new one from its weights")

@@ -96,6 +96,9 @@ class PackedTokens:
         if features is not None:  # places of pictures in the folder's tokens: an <|endoftext|> that begins no document
             marks = np.flatnonzero(np.asarray(split.tokens) == self.pad)
             self.marks = np.setdiff1d(marks, self.starts, assume_unique=True)
+            if len(self.marks) != len(split.refs):
+                raise ValueError(f"{name}: {len(self.marks):,} places for pictures in the tokens, but {len(split.refs):,} pictures for them: "
+                                 "make the data folder again with python -m data_prep.images --overwrite")
         if whole:
             self._pack(name)
         else:
@@ -167,13 +170,10 @@ class PackedTokens:
         return self.marks[found], self.split.refs[found]
 
     def _sight(self, tokens, documents, rows):
-        """The pictures of a batch: features (M, P, E) and slots (B, T), or None and None when no row has any."""
+        """The pictures of a batch: features (M, P, E) and slots (B, T); M may be 0."""
         inside = np.pad(documents[:, 1:] == documents[:, :-1], ((0, 0), (1, 0)))  # not the first token of its document
         places = inside & (tokens == self.pad) & (documents >= 0)
-        numbers = [self.pictures(self.starts[document], self.ends[document])[1] for row in rows for document in self.bins[row]]
-        numbers = np.concatenate(numbers)
-        if not len(numbers):
-            return None, None
+        numbers = np.concatenate([self.pictures(self.starts[document], self.ends[document])[1] for row in rows for document in self.bins[row]])
         slots = np.full(tokens.shape, -1, dtype=np.int64)
         slots[places] = np.arange(places.sum())
         return self.features[numbers], torch.from_numpy(slots)

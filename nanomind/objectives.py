@@ -152,14 +152,15 @@ class Describe(NextToken):
             return super().validate(model, batch)
         hidden, labels, _ = targets(model, replace(batch, features=batch.features.roll(len(batch.features) // 2, 0)))
         nll = token_nll(hidden, model.lm_head.weight, labels, product_dtype(hidden))
-        return {**super().validate(model, batch), "shuffled": nll.sum(), "shuffled_targets": torch.tensor(float(len(labels)))}
+        sums = super().validate(model, batch)
+        return {**sums, "seen": sums["loss"], "shuffled": nll.sum(), "shuffled_targets": torch.tensor(float(len(labels)))}
 
     def summary(self, sums):
-        """Adds shuffled_loss and image_gain, the share of it that the right pictures save."""
+        """Adds shuffled_loss and image_gain, the share of it that the right pictures save (both over the batches with pictures to exchange)."""
         figures = super().summary(sums)
         if "shuffled" in sums:
             figures["shuffled_loss"] = sums["shuffled"] / sums["shuffled_targets"]
-            figures["image_gain"] = 1 - figures["val_loss"] / figures["shuffled_loss"]
+            figures["image_gain"] = 1 - sums["seen"] / sums["shuffled"]
         return figures
 
 

@@ -224,13 +224,13 @@ def freeze(model, stage):
     return model
 
 
-def find_encoder(cfg, stage, saved_folder=None):
-    """The frozen encoder of a stage that sees, or None: the one its checkpoint was trained with, or that of --clip."""
+def find_encoder(cfg, stage, given, saved_folder=None):
+    """The frozen encoder of a stage that sees, or None: the one its checkpoint was trained with (a --clip must be the same one), or that of --clip."""
     if "clip" not in stage.flags:
         return None
     for folder in (saved_folder, find_init(cfg)):
         if folder and (folder / "vision.json").is_file():
-            return matching_encoder(read_json(folder / "vision.json"))
+            return matching_encoder(read_json(folder / "vision.json"), given.get("clip", ""), given.get("clip_weights", ""))
     return load_encoder(cfg.clip, cfg.clip_weights)
 
 

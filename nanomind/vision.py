@@ -8,6 +8,7 @@ Next: nanomind/objectives.py
 """
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -36,7 +37,9 @@ class Encoder:
         size = tower.image_size
         self.size = size if isinstance(size, int) else size[0]
         self.patches, self.width = self.encode(torch.zeros(1, 3, self.size, self.size)).shape[1:]
-        digest = hashlib.sha256()
+        parts = list(tower.modules())
+        facts = tower.preprocess_cfg, layer, [part.num_heads for part in parts if hasattr(part, "num_heads")], any(type(part).__name__ == "QuickGELU" for part in parts)
+        digest = hashlib.sha256(json.dumps(facts, default=str).encode())  # the same weights with another activation or mean are another encoder
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         self.identity = {"clip": clip, "weights": weights, "layer": layer, "sha256": digest.hexdigest()}
@@ -205,7 +208,7 @@ class Features:
         self.split, self.encoder, self.machine = split, encoder, machine
         self.patches, self.width, self.name = encoder.patches, encoder.width, name
         shape = len(split.image_starts), encoder.patches, encoder.width
-        path, size = folder / name / f"features-{encoder.identity['sha256'][:12]}{encoder.identity['layer']}-{str(machine.dtype)[6:]}.bin", 2 * int(np.prod(shape))
+        path, size = folder / name / f"features-{encoder.identity['sha256'][:12]}-{str(machine.dtype)[6:]}.bin", 2 * int(np.prod(shape))
         encoder.tower.to(machine.device)
         self.kept = None
         if shape[0] and size <= budget:
@@ -235,16 +238,21 @@ class Features:
 
     def __getitem__(self, numbers):
         """Numbers of M pictures -> (M, P, E) fp32."""
+        if not len(numbers):
+            return torch.zeros(0, self.patches, self.width)
         if self.kept is not None:
             return torch.from_numpy(self.kept[numbers]).float()
         return self._encode(numbers).float()
 
 
 def matching_encoder(vision, clip="", weights=""):
-    """The encoder a checkpoint was trained with; another one, or the same name with other weights, is refused."""
+    """The encoder a checkpoint was trained with, found where --clip says it is now; another one, or the same name with other weights, is refused."""
     known = vision["encoder"]
-    encoder = load_encoder(clip or known["clip"], weights or known["weights"])
+    try:
+        encoder = load_encoder(clip or known["clip"], weights or known["weights"])
+    except (FileNotFoundError, ValueError) as problem:
+        raise type(problem)(f"{problem} (it is what this model sees through: where it lies now can be said with --clip)") from None
     if encoder.identity["sha256"] != known["sha256"]:
-        raise ValueError(f"--clip {clip or known['clip']}: other weights than this model was trained with (sha256 {encoder.identity['sha256'][:12]}, "
+        raise ValueError(f"--clip {clip or known['clip']}: another encoder than this model was trained with (sha256 {encoder.identity['sha256'][:12]}, "
                          f"expected {known['sha256'][:12]})")
     return encoder

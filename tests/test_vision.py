@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nanomind.device import choose_device
 from nanomind.generate import complete, generate
 from nanomind.model import LanguageModel
 from nanomind.objectives import Describe, NextToken
+from nanomind.stages import STAGES, freeze
 from nanomind.vision import Features, VisionLanguageModel, add_eyes, expand, load_encoder, projector_parameters
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 4.0}
@@ -139,7 +141,19 @@ def test_another_layer_can_be_named(clip, tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps({**config, "nanomind": {"layer": -2}}))
     pixels = torch.randn(1, 3, 32, 32)
     one, two = load_encoder(str(folder)), load_encoder(str(clip))
-    assert one.identity["sha256"] == two.identity["sha256"] and not torch.allclose(one.encode(pixels), two.encode(pixels))
+    assert one.identity["sha256"] != two.identity["sha256"] and not torch.allclose(one.encode(pixels), two.encode(pixels))
+
+
+def test_the_identity_covers_all_that_features_depend_on(clip, encoder, tmp_path):
+    """The same weights with QuickGELU or with another mean had one hash: features kept with the one were read for the other, and a checkpoint took
+    either for its own."""
+    for number, change in enumerate(({"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True}},
+                                     {"preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3, "resize_mode": "squash"}},
+                                     {"model_cfg": {"embed_dim": 16, "vision_cfg": {**VISION, "head_width": 8}, "text_cfg": TEXT}}, {})):
+        folder = encoder_folder(tmp_path / str(number))
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        (folder / "open_clip_config.json").write_text(json.dumps({**config, **change}))
+        assert (load_encoder(str(folder)).identity["sha256"] == encoder.identity["sha256"]) == (not change)
 
 
 @pytest.mark.parametrize("name, weights, message", (
@@ -237,6 +251,25 @@ def test_rows_hold_the_right_pictures(pictures, encoder, tokenizer):
         text = [tokenizer.decode(batch.labels[row][batch.labels[row] >= 0].tolist()) for row in range(len(batch.tokens))]
         assert all(part in (*COLOURS, "玄黄", "", *(f"{a} {b}" for a in COLOURS for b in COLOURS)) for row in text for part in row.split("<|im_end|>"))
     assert counted == len(split.refs)
+
+
+def test_text_among_the_pictures_trains_too(pictures, encoder, tokenizer):
+    """Text mixed into the data: a batch without any picture ended phase 1 with a traceback, for nothing in it led to the projector."""
+    for budget in (1e9, 0):
+        rows = rows_of(pictures, encoder, budget)
+        rows.bins = [[document] for document in range(len(rows.starts)) if not len(rows.pictures(rows.starts[document], rows.ends[document])[1])]
+        batch = rows._collate([0, 1])
+        assert batch.features.shape == (0, 4, 32) and (batch.slots < 0).all() and batch.n_targets
+        model = freeze(seeing(encoder, tokenizer), STAGES["vlm-1"]).train()
+        Describe()(model, batch)[0].backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
+
+
+def test_a_folder_with_too_few_pictures_is_refused(pictures, encoder):
+    """Slots and pictures that disagree were cut to the shorter of both."""
+    split = bins.open_folder(pictures).train
+    with pytest.raises(ValueError, match=rf"{len(split.refs)} places for pictures in the tokens, but {len(split.refs) - 1} pictures"):
+        PackedTokens(replace(split, refs=split.refs[:-1]), bins.open_folder(pictures).tokenizer, 96, 2, whole=True, features=rows_of(pictures, encoder).features)
 
 
 def test_kept_features_equal_live_ones(pictures, encoder, tokenizer):
@@ -387,9 +420,17 @@ def test_sample_says_what_is_wrong(run, tmp_path, clip):
     encoder_folder(clip, seed=1)
     try:
         code, _, err = sample(run, "--stage", "vlm", "--image", tmp_path / "red.png")
-        assert code == 2 and "other weights than this model was trained with" in err
+        assert code == 2 and "another encoder than this model was trained with" in err
     finally:
         encoder_folder(clip, seed=0)
+    try:
+        clip.rename(tmp_path / "elsewhere")
+        code, _, err = sample(run, "--stage", "vlm", "--image", tmp_path / "red.png")
+        assert code == 2 and "where it lies now can be said with --clip" in err.splitlines()[-1]
+        code, out, err = sample(run, "--stage", "vlm", "--image", tmp_path / "red.png", "--clip", tmp_path / "elsewhere", "--max-new-tokens", 4)
+        assert code == 0 and "[Image]: red.png" in out, err
+    finally:
+        (tmp_path / "elsewhere").rename(clip)
     code, out, _ = sample(run, "--stage", "vlm", "--prompt", "天地", "--max-new-tokens", 4)
     assert code == 0, "a model with eyes still answers without a picture"
 
@@ -398,6 +439,9 @@ def test_flags_of_the_eyes(run, pictures, monkeypatch):
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="--clip"):
         train.main({"stage": "sft", "clip": "x", "data": str(pictures)})
+    encoder_folder(run / "other", seed=7)
+    with pytest.raises(ValueError, match="another encoder than this model was trained with"):  # and not the old one, silently
+        train.main({"stage": "vlm", "phase": "2", "init": "out/demo/vlm-1", "run": "new", "data": str(pictures), "clip": "other", "seq_len": 96})
     with pytest.raises(ValueError, match="has no phases"):
         train.main({"stage": "sft", "phase": "1"})
     with pytest.raises(ValueError, match="needs one made by python -m data_prep.chat"):
