@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from nanomind.records import Reader, find_files
 
@@ -25,6 +26,12 @@ VAL_SHARE = 0.01
 BATCH = 2_000_000  # characters handed to a worker at a time
 MOST_WORKERS = 8  # unless told otherwise: one process reads for all of them, and each needs memory
 SMALL = 24_000_000  # bytes of input for which it does not pay to start processes, each of which imports what its parent did
+
+
+def fingerprint(paths, *more):
+    """A name for what is made of these files: another one as soon as a file, its size or its time changes. Paths among `more` count alike."""
+    facts = [f"{item.resolve()} {item.stat().st_size} {item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item) for item in (*paths, *more)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def command(kind, description):

@@ -1,7 +1,7 @@
 """Lets a teacher answer questions, as training data for a student: python -m data_prep.distill --teacher FOLDER --prompts FILE --out FILE
 In: a checkpoint folder, and files with conversations (any format of data_prep.chat) or {"prompt": text}. Out: a .jsonl file of
 conversations that end with the teacher's own answer, for --stage sft. Answers that did not end by themselves are left out and counted.
-Next: train.py
+Next: nanomind/stages.py
 """
 
 import argparse
@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep.chat import FORMATS, checked, recognised, to_messages
+from data_prep.common import fingerprint
 from nanomind.cli import keep_memory, run
+from nanomind.records import Reader, find_files
 
 
 def main():
@@ -32,31 +34,32 @@ def main():
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise ValueError(f"--batch-size {args.batch_size}, --max-new-tokens {args.max_new_tokens}: expected at least 1 of each")
     keep_memory(["-m", "data_prep.distill"])
-    return write_answers(args)
+    write_answers(**vars(args))
 
 
-def write_answers(args):
+def write_answers(teacher, prompts, out, max_bad=0.01, batch_size=32, max_new_tokens=256, temperature=0.0, seed=0, threads=0):
     """Batch after batch is added to OUT.part, a line per question: the conversation, or why there is none. At the end the conversations become OUT."""
     from tqdm import tqdm
 
     from nanomind import checkpoint, generate, judge
 
-    chats = questions(args)
-    sampling = generate.Sampling(temperature=args.temperature, repetition_penalty=1.0, seed=args.seed)
-    model, tokenizer = checkpoint.load(args.teacher)
-    limit = model.config.max_position_embeddings - args.max_new_tokens
+    chats = questions(prompts, max_bad)
+    sampling = generate.Sampling(temperature=temperature, repetition_penalty=1.0, seed=seed)
+    model, tokenizer = checkpoint.load(teacher)
+    limit = model.config.max_position_embeddings - max_new_tokens
     if limit < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: the teacher sees {model.config.max_position_embeddings} tokens, the question included")
-    print(f"{args.teacher}: {generate.prepare(model)}")
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: the teacher sees {model.config.max_position_embeddings} tokens, the question included")
+    print(f"{teacher}: {generate.prepare(model, threads=threads)}")
     stop = {tokenizer.end_of_text, tokenizer.im_end} - {None}
-    part = Path(args.out + ".part")
-    file, done = begin(part, args)
+    part = Path(f"{out}.part")
+    mark = fingerprint([Path(teacher) / "model.safetensors", *find_files(prompts)], batch_size, max_new_tokens, temperature, seed)
+    file, done = begin(part, mark, batch_size)
     with file, tqdm(total=len(chats), initial=min(done, len(chats)), disable=None, unit="answer") as bar:
-        for at in range(done, len(chats), args.batch_size):
-            batch = chats[at:at + args.batch_size]
-            prompts = [([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.render_prompt(chat) for chat in batch]
-            fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
-            found = dict(zip(fitting, judge.answers(model, [prompts[i] for i in fitting], args.max_new_tokens, stop, sampling, args.batch_size)))
+        for at in range(done, len(chats), batch_size):
+            batch = chats[at:at + batch_size]
+            asked = [([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.render_prompt(chat) for chat in batch]
+            fitting = [i for i, prompt in enumerate(asked) if len(prompt) <= limit]
+            found = dict(zip(fitting, judge.answers(model, [asked[i] for i in fitting], max_new_tokens, stop, sampling, batch_size)))
             for i, chat in enumerate(batch):
                 ids, ended = found.get(i, ([], None))
                 answer = tokenizer.decode(ids)
@@ -65,14 +68,12 @@ def write_answers(args):
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
             file.flush()
             bar.update(len(batch))
-    finish(part, args)
+    finish(part, out, max_new_tokens)
 
 
-def questions(args):
+def questions(files, max_bad):
     """The conversations to be answered, each up to its last question."""
-    from nanomind.records import Reader
-
-    reader, chats = Reader(args.prompts, args.max_bad), []
+    reader, chats = Reader(files, max_bad), []
     for where, record, name in recognised(reader, {**FORMATS, "prompts": (("prompt",), ())}):
         try:
             chat = [{"role": "user", "content": record["prompt"]}] if name == "prompts" else to_messages(record, name)
@@ -86,17 +87,13 @@ def questions(args):
     return chats
 
 
-def begin(part, args):
+def begin(part, mark, batch_size):
     """Open OUT.part for writing on. -> (file, questions done). Its first line tells what it was begun with; a batch that is not whole is cut off."""
-    from nanomind.records import find_files
-    from nanomind.stages import fingerprint
-
-    mark = fingerprint([Path(args.teacher) / "model.safetensors", *find_files(args.prompts)], args.batch_size, args.max_new_tokens, args.temperature, args.seed)
     part.parent.mkdir(parents=True, exist_ok=True)
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # what follows the last line end is half a line
     if lines and lines[0] != mark.encode():
         raise ValueError(f"{part} was begun with another teacher, other prompts or settings: give those again, delete it or choose another --out")
-    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
+    done = max(0, len(lines) - 1) // batch_size * batch_size
     kept = b"".join(line + b"\n" for line in [mark.encode(), *lines[1:1 + done]])
     file = open(part, "r+b" if lines else "wb")
     file.write(kept)
@@ -104,18 +101,18 @@ def begin(part, args):
     return file, done
 
 
-def finish(part, args):
+def finish(part, out, max_new_tokens):
     lines = [json.loads(line) for line in part.read_bytes().split(b"\n")[1:-1]]
     answers, left_out = [line for line in lines if isinstance(line, dict)], Counter(line for line in lines if isinstance(line, str))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
     if answers:
-        beside = Path(args.out + ".tmp")
+        beside = Path(f"{out}.tmp")
         beside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8", newline="\n")
-        os.replace(beside, args.out)
+        os.replace(beside, out)
     part.unlink()
     if not answers:
-        raise ValueError(f"none of the {len(lines):,} answers can be used ({reasons}): try more than --max-new-tokens {args.max_new_tokens} or another teacher")
-    print(f"{args.out}: {len(answers):,} answers" + f"; left out: {reasons}" * bool(left_out))
+        raise ValueError(f"none of the {len(lines):,} answers can be used ({reasons}): try more than --max-new-tokens {max_new_tokens} or another teacher")
+    print(f"{out}: {len(answers):,} answers" + f"; left out: {reasons}" * bool(left_out))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Puts questions to a model and marks its answers: right or not, declined or not, with an interval that says how sure the share is.
 In: a file of {"question", "answer" or "answers", optional "category"}, a line each, and a chat model. Out: shares by category.
 An answer is right when it holds an accepted one as a whole and does not decline; no accepted answer at all means that it should decline.
-Next: nanomind/stages.py
+Next: data_prep/distill.py
 """
 
 import re

@@ -3,13 +3,13 @@ In: a TrainConfig. Out: a row of STAGES, and the three things a run needs made f
 Next: nanomind/plan.py
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bpe
 from data_prep import demo
-from data_prep.common import prepare
+from data_prep.common import fingerprint, prepare
+from data_prep.distill import write_answers
 from nanomind import bins
 from nanomind.checkpoint import load, load_model, read_tensors, write_tensors
 from nanomind.config import ModelConfig, TrainConfig, read_json
@@ -56,7 +56,7 @@ EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 STAGES = {
     "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
     "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
-    "distill": Stage("chat", "sft.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
+    "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss")),
     "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.8),
@@ -164,13 +164,13 @@ def raw_files(cfg, stage, run_folder):
     folder = run_folder / "raw"
     if not (folder / stage.builtin).is_file():
         demo.write(folder, files=(stage.builtin,))
+    if "teacher" in stage.flags:  # of the built-in corpus it has the questions: the teacher answers
+        teacher = teacher_folder(cfg)
+        answers = folder / f"answers-{fingerprint([teacher / 'model.safetensors'])}.jsonl"
+        if not answers.is_file():
+            write_answers(teacher, [folder / stage.builtin], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
+        return [answers]
     return [folder / stage.builtin]
-
-
-def fingerprint(paths, *more):
-    """A name for what is made of these files: another one as soon as a file, its size or its time changes. Paths among `more` count alike."""
-    facts = [f"{item.resolve()} {item.stat().st_size} {item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item) for item in (*paths, *more)]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def find_tokenizer(cfg, paths, run_folder):

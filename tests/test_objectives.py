@@ -494,7 +494,7 @@ def test_questions_for_a_teacher(tmp_path, capsys):
 
     def questions(*records, max_bad=0.5):
         (tmp_path / "q.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8")
-        return distill.questions(SimpleNamespace(prompts=[tmp_path / "q.jsonl"], max_bad=max_bad))
+        return distill.questions([tmp_path / "q.jsonl"], max_bad)
     for record in ({"prompt": "a\u2028b"}, {"conversations": [ask, {"role": "assistant", "content": ""}]}, {"messages": [ask]}, {"instruction": "a\u2028b", "output": ""},
                    {"conversations": [{"from": "human", "value": "a\u2028b"}, {"from": "gpt", "value": "x"}]}):
         assert questions(record, record) == [[ask], [ask]]

@@ -3,18 +3,18 @@ In: an output folder and a seed. Out: ordinary .jsonl files there, the same byte
 Next: data_prep/demo/__main__.py
 """
 
-from data_prep.demo.chats import as_documents, write_sft
+from data_prep.demo.chats import as_documents, write_prompts, write_sft
 from data_prep.demo.preferences import write_dpo
 from data_prep.demo.pretrain import write_pretrain
 from data_prep.demo.scenes import write_scenes
 
-FILES = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "scenes/train.jsonl")
+FILES = ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "dpo.jsonl", "scenes/train.jsonl")
 
 
 def write(out, seed=0, exposures=80, asked=20, mixed=0, files=FILES):
     """Write the raw files of the demo world into the folder `out`; nothing is downloaded. Returns their paths. `mixed` is how often
     each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted."""
     writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),
-               "sft.jsonl": lambda: write_sft(out, seed, asked), "dpo.jsonl": lambda: write_dpo(out, seed),
+               "sft.jsonl": lambda: write_sft(out, seed, asked), "prompts.jsonl": lambda: write_prompts(out, seed), "dpo.jsonl": lambda: write_dpo(out, seed),
                "scenes/train.jsonl": lambda: write_scenes(out, seed)[0]}
     return [writers[file]() for file in files]

@@ -194,6 +194,30 @@ def write_sft(out, seed=0, exposures=20):
     return write_lines(out, "sft.jsonl", ({"conversations": each} for each in conversations(seed, exposures)))
 
 
+def prompts(seed=0, times=4):
+    """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
+    read. Every fact is asked about `times` times in each language (what kind of thing something is: a quarter of that)."""
+    dice, found = Dice(f"prompts {seed}"), []
+    for lang in LANGUAGES:
+        facts, own = known(lang).facts + known(lang).unasked, []
+        for turn in range(times):
+            for fact in (fact for fact in facts if fact.relation != "is" or turn % 4 == 0):
+                subject = swapped(dice, fact, lang)
+                own.append(said(dice, ask(dice, fact, lang, subject), lang, subject))
+        own += [small(dice, section, lang)[0] for section in SMALL for _ in range(2 * times)]
+        own += [small(dice, section, lang, "full")[0] for section in AUTOMATIC if "ask_" + lang in sections("talk")[section] for _ in range(5 * times)]
+        for _ in range(round(len(own) * REFUSED / (1 - REFUSED))):
+            question, about, _ = unanswerable(dice, lang)
+            own.append(said(dice, question, lang, about))
+        found += own
+    return dice.shuffled(found)
+
+
+def write_prompts(out, seed=0):
+    """Write OUT/prompts.jsonl (complete or not at all) and return its path."""
+    return write_lines(out, "prompts.jsonl", ({"prompt": question} for question in prompts(seed)))
+
+
 def as_documents(seed=0, exposures=20):
     """The chats once more as running text, several to a document, for pretraining: what is read as a question is answered sooner."""
     dice = Dice(f"dialogues {seed}")

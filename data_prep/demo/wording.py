@@ -17,12 +17,13 @@ FULL_STOP = {"zh": "。", "en": "."}
 
 
 class Known:
-    """What may be asked in one language: facts by relation (never those held out), all names, objects that name one subject only."""
+    """What may be asked in one language: facts by relation (never those held out), all names, objects that name one subject only.
+    Those held out are in `unasked`."""
 
     def __init__(self, lang):
         self.relations = {relation.name: relation for relation in relations()}
         facts = [fact for relation in self.relations.values() for fact in relation.facts if lang in fact.subject and relation.templates[lang]]
-        self.facts = [fact for fact in facts if not held_out(fact)]
+        self.facts, self.unasked = [fact for fact in facts if not held_out(fact)], [fact for fact in facts if held_out(fact)]
         self.names = {each for fact in facts for each in (*fact.subject[lang], *fact.object[lang])}
         self.by_relation, self.by_subject, self.by_object = {}, {}, {}
         for fact in self.facts:
