@@ -190,7 +190,8 @@ class Trainer:
                 self.sample()
         bar.close()
         if state["step"] == 0:
-            raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more")
+            raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more, or start it again: "
+                             "what it has prepared is kept")
         if not self.stop_asked:
             self.save()
             self.evaluate(4 * cfg.eval_tokens, last=True)

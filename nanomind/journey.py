@@ -24,14 +24,14 @@ from nanomind.vision import looking
 CONTINUED = PROMPTS[3], PROMPTS[6], PROMPTS[7]
 ASKED = QUESTIONS[0], QUESTIONS[5], QUESTIONS[8]
 LONGEST = 64  # tokens of a sample
-OWN = {"preferred": "prefers the chosen", "kl": "KL to the teacher", "image_gain": "gain by the pictures"}  # what a validation may report beside the loss
-HEAD = ("stage", "minutes", "tokens", "loss", "bits per byte", "seen", "read", "unknown", "declined", "ended", "its own measure", "peak MB")
+OWN = "preferred", "kl", "image_gain"  # what a validation may report beside the loss, by its name in log.jsonl
+HEAD = "stage", "minutes", "tokens", "loss", "bits/byte", "seen", "read", "unknown", "declined", "ended", "of its own", "peak MB"
 
 
 def travel(given, train):
     """Run (with `train`) every stage that has not reached its end, and measure each once. -> exit code."""
     rows, place = stages.rows({name: value for name, value in given.items() if name != "overwrite"}), Path("out") / given.get("run", TrainConfig.run)
-    command = " ".join(["python train.py", *(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in given.items() if name != "overwrite")])
+    command = " ".join(["python train.py", *(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items() if name != "overwrite")])
     if given.get("dry_run"):
         return plans(rows, place, train)
     if given.get("overwrite"):
@@ -50,7 +50,7 @@ def travel(given, train):
             if code:
                 print(f"go on with: {command}")
                 return code
-        gc.collect()
+            gc.collect()  # its model and optimiser, before those of the next stage
         known = measurements(place)
         if known.get(row["stage"], {}).get("model") != fingerprint([folder / "model.safetensors"]):
             known[row["stage"]] = measure(row, place)
@@ -150,7 +150,7 @@ def marks(score):
 
 def summary(rows, place, known):
     """The table as lists of texts, its head first; of the stages that are finished."""
-    table, seconds = [HEAD], 0.0
+    table, seconds, peak = [HEAD], 0.0, 0.0
     for row in rows:
         folder = place / row["stage"]
         end, log, exam = checkpoint.finished(folder), checkpoint.read_log(folder / "log.jsonl"), known.get(row["stage"], {}).get("exam")
@@ -158,16 +158,16 @@ def summary(rows, place, known):
             continue
         validated = [record for record in log if "val_loss" in record]
 
-        def course(name, form="{:.2f}"):
+        def course(name):
             values = [record[name] for record in validated if name in record]
-            return f"{form.format(values[0])} -> {form.format(values[-1])}" if values else "-"
+            return f"{values[0]:.2f} -> {values[-1]:.2f}" if values else "-"
         own = [name for name in OWN if validated and name in validated[-1]]
         shares = [*(exam["right"].get(name) for name in ("seen", "read", "unknown")), exam["declined"], exam["ended"]] if exam else [None] * 5
-        seconds += end["seconds"]
+        seconds, peak = seconds + end["seconds"], max(peak, end["peak_mb"])
         table.append([row["stage"], f"{end['seconds'] / 60:.2f}", f"{end['tokens'] / 1e6:.2f}M", course("val_loss"), course("bpb"), *map(report.percent, shares),
-                      f"{OWN[own[0]]} {course(own[0])}" if own else "-", f"{'' if end['own_peak'] else '<= '}{end['peak_mb']:,.0f}"])
-    measured = sum(record["seconds"] for record in known.values())
-    return [*table, ["together", f"{seconds / 60:.2f}", *["-"] * 9, f"and {measured:.0f} s of measuring"]]
+                      f"{own[0]} {course(own[0])}" if own else "-", f"{'' if end['own_peak'] else '<= '}{end['peak_mb']:,.0f}"])
+    measuring = sum(known[row["stage"]]["seconds"] for row in rows if row["stage"] in known)
+    return [*table, ["measuring", f"{measuring / 60:.2f}", *["-"] * 10], ["together", f"{(seconds + measuring) / 60:.2f}", *["-"] * 9, f"{peak:,.0f}"]]
 
 
 def write_report(rows, place, known):
@@ -183,5 +183,5 @@ def write_report(rows, place, known):
             shown.append({"name": row["stage"], "about": stage.objective.__doc__.splitlines()[0], "command": f"python train.py --stage {row['stage']} --run {place.name}",
                           "loss": [(line["step"], line["loss"]) for line in log if "loss" in line], "from": record["from"], "samples": record["samples"],
                           "validation": [(line["step"], line["val_loss"]) for line in log if "val_loss" in line], "exams": exams})
-    lead = f"A model made from nothing on this computer: {len(shown)} of {len(rows)} stages, {sum(float(line[1]) for line in table[-1:]):.1f} minutes of training."
+    lead = f"A model made from nothing on this computer: {len(shown)} of {len(rows)} stages in {table[-1][1]} minutes. Talk to it: python sample.py --run {place.name}"
     write_whole(place / "report.html", report.page(f"nanomind: {place.name}", lead, table, shown))
