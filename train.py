@@ -31,7 +31,7 @@ def main(given):
     for row in stages.rows(given):
         code = train(row)
         if code:
-            print(f"go on with: python train.py --stage {row['stage']} --run {row.get('run', TrainConfig.run)} --resume")
+            print(f"go on with: python train.py --stage {row.get('stage', TrainConfig.stage)} --run {row.get('run', TrainConfig.run)} --resume")
             break
     return code
 
