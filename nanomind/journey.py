@@ -8,17 +8,18 @@ measurement. So the same command, given again after an interruption anywhere, do
 
 import gc
 import json
+import os
 import time
 from pathlib import Path
 
 from data_prep.common import fingerprint
 from data_prep.demo.exam import write_exam
 from data_prep.demo.scenes import ATTRIBUTES
-from nanomind import checkpoint, generate, judge, report, stages
+from nanomind import checkpoint, device, generate, judge, report, stages
 from nanomind.config import ModelConfig, TrainConfig, check_unchanged, read_json
 from nanomind.exam import DESCRIBE, PROMPTS, QUESTIONS, read_exam, sit
 from nanomind.model import LanguageModel
-from nanomind.tokenizer import Tokenizer, write_whole
+from nanomind.tokenizer import write_whole
 from nanomind.vision import looking
 
 CONTINUED = PROMPTS[3], PROMPTS[6], PROMPTS[7]
@@ -99,15 +100,15 @@ def measurements(place):
 def measure(row, place):
     """-> a record of what the model says and knows after a stage, and said before it."""
     began, stage, folder = time.monotonic(), stages.STAGES[row["stage"]], place / row["stage"]
+    device.reset_peak_memory()
     was = TrainConfig(**settings(folder))
-    start, pictures = stages.find_init(was), []
-    (model, tokenizer), older = checkpoint.load(folder), None
+    start, (model, tokenizer) = stages.find_init(was), checkpoint.load(folder)
     if start:
         older = checkpoint.load_model(start)
     else:  # the random weights it began with
         older = LanguageModel(ModelConfig.from_hf(read_json(folder / "config.json"))).init_weights(was.seed)
     for one in (older, model):
-        generate.prepare(one, was.device, was.precision, was.threads)
+        generate.prepare(one, was.device, was.precision, row.get("threads", was.threads))
     look = looking(model.vision) if hasattr(model, "vision") else None
     questions = (place / "raw" / stage.builtin).with_name("exam.jsonl")
     pictures = read_exam(questions) if look and questions.is_file() else []
@@ -116,8 +117,8 @@ def measure(row, place):
         asked = [(DESCRIBE[i % 2], pictures[i * len(pictures) // 3]["image"]) for i in range(3 * bool(pictures))]
     said = [write(one, tokenizer, stage.chat, asked, look) if not look or hasattr(one, "vision") else ["(no eyes yet)"] * len(asked) for one in (older, model)]
     found = {"stage": row["stage"], "model": fingerprint([folder / "model.safetensors"]), "from": str(start) if start else "random weights",
-             "parameters": sum(p.numel() for p in model.parameters()), "samples": [
-                 {"prompt": prompt, "before": before, "after": after, **({"image": str(image)} if image else {})}
+             "parameters": model.config.parameters(), "samples": [
+                 {"prompt": prompt, "before": before, "after": after, **({"image": os.path.relpath(image, place)} if image else {})}
                  for (prompt, image), before, after in zip(asked, *said)]}
     if not stage.trains:  # else the language model is the same as before
         exam = place / "raw" / "exam-first.jsonl"
@@ -127,7 +128,7 @@ def measure(row, place):
         if pictures:
             right, blind = (sit(model, tokenizer, pictures, look, blind) for blind in (False, True))
             found["pictures"] = {**marks(right), "blind": marks(blind)["right"], "chance": {name: 1 / len(ATTRIBUTES[name]) for name in right.categories if name in ATTRIBUTES}}
-    return {**found, "seconds": time.monotonic() - began}
+    return {**found, "peak_mb": device.peak_memory(model.lm_head.weight.device), "seconds": time.monotonic() - began}
 
 
 def write(model, tokenizer, chat, asked, look):
@@ -166,8 +167,10 @@ def summary(rows, place, known):
         seconds, peak = seconds + end["seconds"], max(peak, end["peak_mb"])
         table.append([row["stage"], f"{end['seconds'] / 60:.2f}", f"{end['tokens'] / 1e6:.2f}M", course("val_loss"), course("bpb"), *map(report.percent, shares),
                       f"{own[0]} {course(own[0])}" if own else "-", f"{'' if end['own_peak'] else '<= '}{end['peak_mb']:,.0f}"])
-    measuring = sum(known[row["stage"]]["seconds"] for row in rows if row["stage"] in known)
-    return [*table, ["measuring", f"{measuring / 60:.2f}", *["-"] * 10], ["together", f"{(seconds + measuring) / 60:.2f}", *["-"] * 9, f"{peak:,.0f}"]]
+    own = [known[row["stage"]] for row in rows if row["stage"] in known]
+    measuring, most = sum(record["seconds"] for record in own), max([record["peak_mb"] for record in own], default=0.0)
+    return [*table, ["measuring", f"{measuring / 60:.2f}", *["-"] * 9, f"{most:,.0f}"],
+            ["together", f"{(seconds + measuring) / 60:.2f}", *["-"] * 9, f"{max(peak, most):,.0f}"]]
 
 
 def write_report(rows, place, known):
@@ -181,7 +184,8 @@ def write_report(rows, place, known):
         exams += [("Exam about pictures of combinations never drawn in training.", report.exam_table(record["pictures"]))] if record.get("pictures") else []
         if record:
             shown.append({"name": row["stage"], "about": stage.objective.__doc__.splitlines()[0], "command": f"python train.py --stage {row['stage']} --run {place.name}",
-                          "loss": [(line["step"], line["loss"]) for line in log if "loss" in line], "from": record["from"], "samples": record["samples"],
+                          "loss": [(line["step"], line["loss"]) for line in log if "loss" in line], "from": record["from"],
+                          "samples": [{**one, **({"image": place / one["image"]} if "image" in one else {})} for one in record["samples"]],
                           "validation": [(line["step"], line["val_loss"]) for line in log if "val_loss" in line], "exams": exams})
     lead = f"A model made from nothing on this computer: {len(shown)} of {len(rows)} stages in {table[-1][1]} minutes. Talk to it: python sample.py --run {place.name}"
     write_whole(place / "report.html", report.page(f"nanomind: {place.name}", lead, table, shown))

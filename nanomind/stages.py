@@ -63,7 +63,7 @@ STAGES = {
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, minutes=4.2),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
-GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: ("pretrain", "sft", "distill", "dpo", "vlm-1", "vlm-2")}  # several rows, one after the other; --phase N takes the N-th
+GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
 JOURNEY_FLAGS = ("stage", "run", "overwrite", "minutes", "seed", "threads", "precision", "device", "dry_run")
 
 

@@ -76,7 +76,7 @@ def state(place):
     run = place / "out/demo"
     weights = {(name, key): value for name in ROWS for key, value in load_file(run / name / "model.safetensors").items()}
     logs = {name: [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in checkpoint.read_log(run / name / "log.jsonl")] for name in ROWS}
-    measured = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "model")} for line in (run / "journey.jsonl").read_text("utf-8").split("\n") if line]
+    measured = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "model", "peak_mb")} for line in (run / "journey.jsonl").read_text("utf-8").split("\n") if line]
     return weights, logs, measured
 
 
