@@ -183,7 +183,7 @@ def write_report(rows, place, known):
                   report.exam_table(record["exam"]))] if record.get("exam") else []
         exams += [("Exam about pictures of combinations never drawn in training.", report.exam_table(record["pictures"]))] if record.get("pictures") else []
         if record:
-            shown.append({"name": row["stage"], "about": stage.objective.__doc__.splitlines()[0], "command": f"python train.py --stage {row['stage']} --run {place.name}",
+            shown.append({"name": row["stage"], "about": f"{stage.objective.__doc__.splitlines()[0]} {record['parameters'] / 1e6:.2f}M parameters.", "command": f"python train.py --stage {row['stage']} --run {place.name}",
                           "loss": [(line["step"], line["loss"]) for line in log if "loss" in line], "from": record["from"],
                           "samples": [{**one, **({"image": place / one["image"]} if "image" in one else {})} for one in record["samples"]],
                           "validation": [(line["step"], line["val_loss"]) for line in log if "val_loss" in line], "exams": exams})

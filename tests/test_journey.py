@@ -4,6 +4,7 @@ Next: ../nanomind/journey.py
 """
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -202,25 +203,29 @@ def test_interrupted_anywhere_it_goes_on(here, whole, monkeypatch, capsys):
     same(here, whole[0])
 
 
-def test_kill_9_and_ctrl_c(here, whole, tiny_table, tmp_path_factory):
-    """The real thing: SIGKILL in the middle of a stage, the same command, Ctrl-C, which names the command that goes on, and again."""
-    import pickle
-    table = tmp_path_factory.mktemp("table") / "table.pickle"
-    table.write_bytes(pickle.dumps(tiny_table[0]))
+def test_kill_9_and_ctrl_c(here, whole, tiny_table, monkeypatch, capsys):
+    """The real thing: SIGKILL in the middle of a stage, the same command, Ctrl-C in the next, which names the command that goes on, and again."""
+    Path("table").write_bytes(pickle.dumps(tiny_table[0]))
     code = (f"import pickle, sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from nanomind import stages; from nanomind.cli import run\n"
-            f"stages.STAGES = pickle.load(open({str(table)!r}, 'rb')); step = train.Trainer.take_step\n"
+            "stages.STAGES = pickle.load(open('table', 'rb')); step = train.Trainer.take_step\n"
             "train.Trainer.take_step = lambda self, begin: (time.sleep(0.15), step(self, begin))[1]\n"
             f"run(lambda: train.main({GIVEN!r}))")
-    for kind, stage in ((signal.SIGKILL, "pretrain"), (signal.SIGINT, "sft")):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        began = time.time()
-        while not (here / "out/demo" / stage / "model.safetensors").exists():
-            assert time.time() - began < 60 and process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal(kind)
-        out, _ = process.communicate(timeout=60)
-        assert checkpoint.finished(here / "out/demo" / stage) is None
-    assert process.returncode == 130 and out.splitlines()[-1] == "go on with: python train.py --stage all --precision fp32 --threads 1"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    began = time.time()
+    while not Path("out/demo/pretrain/model.safetensors").exists():
+        assert time.time() - began < 60 and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    assert checkpoint.finished("out/demo/pretrain") is None and checkpoint.saved_step("out/demo/pretrain")
+    real, steps = train.Trainer.take_step, []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "take_step", lambda self, begin: (steps.append(self.cfg.stage), steps.count("sft") == 3 and signal.raise_signal(signal.SIGINT),
+                                                                        real(self, begin))[2])
+        assert train.main(dict(GIVEN)) == 130
+    assert 0 < steps.count("pretrain") < 6 and steps.count("sft") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "go on with: python train.py --stage all --precision fp32 --threads 1"
+    assert checkpoint.finished("out/demo/pretrain") and checkpoint.saved_step("out/demo/sft") == "3"
     assert train.main(dict(GIVEN)) == 0
     same(here, whole[0])
 
