@@ -140,6 +140,7 @@ class TrainConfig:
     overwrite: bool = knob(False, "replace a finished run of the same name")
     # how long: the first that is reached ends the run
     time_limit: float = knob(0.0, "minutes, with the last evaluation and save inside them; the schedule follows the clock")
+    minutes: float = knob(0.0, "of several stages together (all, vlm): each gets its share")
     steps: int = knob(0, "optimiser steps")
     tokens: float = knob(0.0, "tokens to train on, 5e6 works")
     epochs: float = knob(0.0, "passes over the data; 1 when no length is given (the built-in corpus: 4 minutes)")
@@ -201,6 +202,18 @@ def parse_flags(kind, argv, description):
             parser.add_argument(flag, dest=f.name, type=type(f.default), default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                 metavar=f.name.upper(), help=text + shown)
     return vars(parser.parse_args(argv))
+
+
+KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch",
+                  "clip", "clip_weights")  # of the last two only the place: the encoder itself must be the same
+
+
+def check_unchanged(given, was, folder):
+    """Refuse flags, all at once, that would change what a run with the settings `was` has already done."""
+    changed = [f"--{name.replace('_', '-')} {value} (the run has {was[name]})" for name, value in given.items()
+               if name not in KEPT_ON_RESUME and value != was[name]]
+    if changed:
+        raise ValueError(f"{folder}: cannot be resumed with another {', '.join(changed)}")
 
 
 def settle(given, stage_defaults=None):

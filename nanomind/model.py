@@ -124,6 +124,11 @@ class KVCache:
         self.doc_ids[:, self.length:self.length + T] = 0 if doc_ids is None else doc_ids
         return self.doc_ids[:, :self.length + T]
 
+    def keep(self, rows):
+        """Forget all rows but these (their places)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.doc_ids = None if self.doc_ids is None else self.doc_ids[rows]
+
 
 class NormFunction(torch.autograd.Function):
     """x s w with s = 1 / rms(x), in fp32. Written out because autograd's own way through it takes twice the passes over memory and keeps

@@ -62,24 +62,34 @@ STAGES = {
     "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.8),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, minutes=4.2),
 }
-GROUPS = {"vlm": ("vlm-1", "vlm-2")}  # names of several rows, one after the other; --phase N takes the N-th
+JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
+GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
+JOURNEY_FLAGS = ("stage", "run", "overwrite", "minutes", "seed", "threads", "precision", "device", "dry_run")
 
 
 def rows(given):
     """The flags that were given -> a list of them for every row of the table they name: one for one stage, several for a name of GROUPS."""
     name, phase = given.get("stage", TrainConfig.stage), given.get("phase", "both")
+    unknown = [f"--{flag.replace('_', '-')}" for flag in given if name == JOURNEY and flag not in JOURNEY_FLAGS]
+    if unknown:
+        raise ValueError(f"--stage {name} does not know {', '.join(unknown)}: it runs every stage with its defaults and takes "
+                         f"{', '.join('--' + flag.replace('_', '-') for flag in JOURNEY_FLAGS)}")
     if name not in GROUPS:
         if name not in STAGES:
-            raise ValueError(f"--stage {name}: expected {', '.join([*(n for n in STAGES if not any(n in group for group in GROUPS.values())), *GROUPS])}")
+            raise ValueError(f"--stage {name}: expected {', '.join([*(n for n in STAGES if n not in GROUPS['vlm']), *GROUPS])}")
         if "phase" in given:
-            raise ValueError(f"--phase {phase}: --stage {name} has no phases; {', '.join(GROUPS)} has")
+            raise ValueError(f"--phase {phase}: --stage {name} has no phases; vlm has")
+        if "minutes" in given:
+            raise ValueError(f"--minutes {given['minutes']:g}: is shared by several stages ({', '.join(GROUPS)}); --stage {name} takes --time-limit")
         return [given]
     chosen = GROUPS[name] if phase == "both" else GROUPS[name][int(phase) - 1:int(phase)]
     found, minutes = [], sum(STAGES[row].minutes for row in chosen)
+    if "minutes" in given and ("time_limit" in given or not 0 < given["minutes"] < float("inf")):
+        raise ValueError(f"--minutes {given['minutes']:g}: expected more than 0, and no --time-limit beside it")
     for row in chosen:
-        own = {key: value for key, value in given.items() if key != "phase" and not (found and key in ("init", "preset") and "dry_run" not in given)}
-        if "time_limit" in given:
-            own["time_limit"] = given["time_limit"] * STAGES[row].minutes / minutes
+        own = {key: value for key, value in given.items() if key not in ("phase", "minutes") and not (found and key in ("init", "preset") and "dry_run" not in given)}
+        if "time_limit" in given or "minutes" in given:
+            own["time_limit"] = given.get("minutes", given.get("time_limit")) * STAGES[row].minutes / minutes
         found.append({**own, "stage": row})
     return found
 

@@ -17,7 +17,7 @@ from data_prep.demo.unknown import KINDS, classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, declined, known, said
 from data_prep.demo.world import ALWAYS_ASKED, LANGUAGES, Fact, held_out, relations, sections
 from nanomind.records import Reader
-from sample import PROMPTS, QUESTIONS
+from nanomind.exam import PROMPTS, QUESTIONS
 
 
 @pytest.fixture(scope="module")
