@@ -129,7 +129,7 @@ def knob(default, text, choices=None):
 class TrainConfig:
     """Every knob of a run. Defaults here < defaults of the preset < defaults of the stage < flags."""
     # what
-    stage: str = knob("pretrain", "which row of the table in nanomind/stages.py to run")
+    stage: str = knob("pretrain", "which row of the table in nanomind/stages.py to run; vlm: both its phases; all: every one, measured after each")
     phase: str = knob("both", "of a stage that has two: 1, 2 or both", ("1", "2", "both"))
     run: str = knob("demo", "name of the run: results go to out/RUN/STAGE/")
     preset: str = knob("", "model size: pico, demo, nano, small, base, or the path of a config.json of your own (default: nano, on the built-in world demo, or that of the checkpoint)")
