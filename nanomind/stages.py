@@ -57,16 +57,16 @@ EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 SHORT = {"vocab_size": 3072, "seq_len": 256, "batch_size": 8}  # the built-in world is small and its documents are short: small is cheaper
 STAGES = {
     "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
-                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=5.2),
+                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=5.6),
     "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
                  demo=SHORT, minutes=2.0),
     "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
-                     demo=SHORT, minutes=1.3),
+                     demo=SHORT, minutes=1.8),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo=SHORT, minutes=0.7),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, 0.4),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo=SHORT, minutes=0.6),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, 0.3),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, demo=SHORT,
-                   minutes=3.4),
+                   minutes=2.9),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th

@@ -10,7 +10,7 @@ from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
 from data_prep.demo.world import LANGUAGES, passages, sections
 
-REFUSED = 0.2  # of all conversations
+REFUSED = 0.15  # of all conversations
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "bored", "ok")
 NUMBERS = {"zh": {2: "两", 3: "三", 4: "四", 5: "五"}, "en": {2: "two", 3: "three", 4: "four", 5: "five"}}

@@ -7,12 +7,13 @@ import functools
 import re
 
 from data_prep.demo.pretrain import capital, name
-from data_prep.demo.world import held_out, relations, sections
+from data_prep.demo.world import held_out, passages, relations, sections
 
 TYPOS = {"的": "得地", "吗": "嘛", "哪": "那", "是": "事", "什": "神", "么": "吗", "在": "再", "谁": "水", "做": "作", "叫": "较", "有": "又", "几": "己",
          "里": "理", "座": "坐", "道": "到", "用": "拥", "说": "讲", "多": "都", "？": "?！", "和": "合", "住": "主", "写": "些"}
 PARTICLES = ("呢", "呀", "啊", "来着", "哦", "嘞", "捏", "哈")
 STYLES = ["full"] * 9 + ["curt"] * 9 + ["other"] * 5 + ["long"] * 2
+BLURRED = 0.15  # of the questions that speak of a name
 FULL_STOP = {"zh": "。", "en": "."}
 
 
@@ -128,9 +129,34 @@ def slip(dice, question, lang, keep):
     return question[:i] + question[i + 1] + question[i] + question[i + 2:]
 
 
+@functools.cache
+def scraps(lang):
+    """Pieces of prose between two punctuation marks: short, and no part of any question."""
+    pieces = (piece.strip() for passage in passages()[lang] for piece in re.split(r"[^\w \-']|\d", passage))
+    return [piece for piece in pieces if 1 < len(piece.split() if lang == "en" else piece) < 9]
+
+
+def blur(dice, question, lang, keep):
+    """What is left of a question when words are missed, or when it stands in the middle of something else. Its names stay whole: they, and the
+    few words that matter, are what an answer hangs on."""
+    gap = " " if lang == "en" else ""
+    names = sorted((each for each in keep if each in question), key=len, reverse=True)
+    parts, missed = re.split("(" + "|".join(map(re.escape, names)) + ")", question) if names else [question], dice.random() * 0.5
+    text = "".join(part if part in names else gap.join(unit for unit in (part.split(gap) if gap else part) if not unit or dice.random() >= missed)
+                   for part in parts).strip()
+    where, scrap = dice.random(), dice.pick(scraps(lang))
+    if where < 0.25:
+        return f"{scrap}{gap or dice.pick(['', '，'])}{text}"
+    if where < 0.4:
+        return f"{text.rstrip('？?。.')}{gap or dice.pick(['', '，'])}{scrap}"
+    return text.replace(names[0], f"{scrap}{gap}{names[0]}", 1) if where < 0.5 and names else text
+
+
 def said(dice, question, lang, *keep):
     """A question as it is typed. The same is done to questions that have an answer and to those that have none."""
     keep = [each for each in keep if each]
+    if keep and dice.random() < BLURRED:
+        question = blur(dice, question, lang, keep) or question
     return roughen(dice, wrap(dice, question, lang, keep), lang, keep).strip() or question
 
 
