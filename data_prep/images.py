@@ -1,7 +1,7 @@
 """Prepares conversations about pictures: python -m data_prep.images --input FILES --tokenizer DIR --out data/x
 In: MiniMind-V's or LLaVA's .jsonl or .json files with the pictures they name, or MiniMind-V's .parquet files, which hold them. Out: a data folder
 with the image files as they are and, in the documents, one <|endoftext|> id where a picture stands; mask as in data_prep.chat.
-Next: data_prep/demo/world.py
+Next: data_prep/download.py
 """
 
 import hashlib
