@@ -1,7 +1,7 @@
 """Bits per byte against minutes of training: train.py's own step, MiniMind's own train_epoch, nanoGPT's recipe; one run of one contestant.
 In: a data folder of text made by data_prep.text, for a peer the path of its checkout (none of its code is here). Out: a JSON file of the run in --out;
 `table` prints those that are there. Target: MiniMind's figure after 20 minutes in 4, nanoGPT's in 7.
-Next: README.md
+Next: decode.py
 
     python tests/bench/loss.py ours     --data DIR --out DIR --minutes 4 -- --lr 0.02          (behind -- any flags of train.py)
     python tests/bench/loss.py minimind --data DIR --out DIR --minutes 20 --checkout CHECKOUT --batch 8
