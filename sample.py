@@ -4,19 +4,13 @@ Next: tests/
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
 
 from nanomind.cli import run
 
-QUESTIONS = ("请介绍一下自己。", "你更擅长哪一个学科？", "鲁迅的《狂人日记》是如何批判封建礼教的？", "我咳嗽已经持续了两周，需要去医院检查吗？", "详细的介绍光速的物理概念。",
-             "推荐一些杭州的特色美食吧。", "请为我讲解“大语言模型”这个概念。", "如何理解ChatGPT？", "Introduce the history of the United States, please.")
-DESCRIBE = ("请描述这张图片。", "Describe this picture.")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PROMPTS = ("马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中", "地球上最大的动物有", "杭州市的美食有",
-           "The capital of China is", "Water boils at", "The largest ocean on Earth is")
 
 
 def flags(argv):
@@ -79,7 +73,7 @@ def main():
         writers.append(Writer(folder if args.compare else "", model, tokenizer, sampling, args.max_new_tokens, chat, args.system,
                               find_eyes(folder, model, args.clip, args.clip_weights) if args.image or hasattr(model, "vision") else None))
     for writer in writers if args.exam else []:
-        print(*[writer.name] * bool(writer.name), exam.table(sit(writer, items, args.blind)), sep="\n")
+        print(*[writer.name] * bool(writer.name), exam.table(exam.sit(writer.model, writer.tokenizer, items, writer.look, args.blind)), sep="\n")
     if args.exam:
         return None
     if args.image:
@@ -87,7 +81,7 @@ def main():
     if args.prompt is not None:
         prompts = [sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt]
     elif args.auto or not sys.stdin.isatty() or read("[0] automatic\n[1] manual\n> ").strip() in ("", "0"):
-        prompts = QUESTIONS if any(writer.chat for writer in writers) else PROMPTS
+        prompts = exam.QUESTIONS if any(writer.chat for writer in writers) else exam.PROMPTS
     else:
         return converse(writers)
     for prompt in prompts:
@@ -119,19 +113,11 @@ def converse(writers):
 
 
 def find_eyes(folder, model, clip="", weights=""):
-    """A function from image files to their features, with the encoder that the checkpoint was trained with (clip, weights: where it lies now);
-    it loads at the first picture."""
+    """A function from image files to their features, by the encoder that the checkpoint was trained with (clip, weights: where it lies now)."""
     if not hasattr(model, "vision"):
         raise ValueError(f"{folder}: this model reads text only; a model with eyes is trained by python train.py --stage vlm")
-    loaded = []
-
-    def look(paths):
-        import torch
-        from nanomind.vision import matching_encoder
-        if not loaded:
-            loaded.append(matching_encoder(model.vision, clip, weights))
-        return loaded[0].encode(torch.stack([loaded[0].pixels(path.read_bytes(), str(path)) for path in paths]))  # (m, P, E)
-    return look
+    from nanomind.vision import looking
+    return looking(model.vision, clip, weights)
 
 
 def pictures_of(name):
@@ -147,6 +133,7 @@ def pictures_of(name):
 
 def describe(writers, paths, prompt):
     """Show what each model says about each picture, in answer to the prompt or to the fixed ones."""
+    from nanomind.exam import DESCRIBE
     for path in paths:
         print(f"[Image]: {path.name}")
         for question in [prompt] if prompt is not None else DESCRIBE:
@@ -155,19 +142,6 @@ def describe(writers, paths, prompt):
                 writer.show(question)
                 writer.reset()
         print()
-
-
-def sit(writer, items, blind=False):
-    """Put an exam to a model; its pictures, when it has some, are encoded a hundred at a time. blind: each question gets the picture of another."""
-    from nanomind import exam, judge
-    features = None
-    if writer.look and any("image" in item for item in items):
-        paths = [item["image"] for item in items if "image" in item]
-        paths = [*paths[len(paths) // 2:], *paths[:len(paths) // 2]] if blind else paths
-        seen = (features for at in range(0, len(paths), 100) for features in writer.look(paths[at:at + 100]).split(1))
-        features = [next(seen) if "image" in item else None for item in items]
-    write = functools.partial(judge.answers, features=features) if features else judge.answers
-    return exam.score(writer.model, writer.tokenizer, items, write)
 
 
 def read(question):

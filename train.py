@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanomind.cli import keep_memory, run
-from nanomind.config import TrainConfig, parse_flags, settle
+from nanomind.config import KEPT_ON_RESUME, TrainConfig, check_unchanged, parse_flags, settle
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and mistyped flags are answered at once
     GIVEN = parse_flags(TrainConfig, sys.argv[1:], __doc__.splitlines()[0])
@@ -21,27 +21,27 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 
 import torch
 
-from nanomind import checkpoint, device, generate, judge, optim, parallel, plan, stages
-
-KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch",
-                  "clip", "clip_weights")  # of the last two only the place: the encoder itself must be the same
+from nanomind import checkpoint, device, generate, journey, judge, optim, parallel, plan, stages
 
 
 def main(given):
     """The runs that the given flags name (parse_flags), one after the other. -> exit code of the last."""
+    if given.get("stage") == stages.JOURNEY:
+        return journey.travel(given, train)
     for row in stages.rows(given):
         code = train(row)
         if code:
+            print(f"go on with: python train.py --stage {row.get('stage', TrainConfig.stage)} --run {row.get('run', TrainConfig.run)} --resume")
             break
     return code
 
 
 def train(given):
     """One run. -> exit code."""
-    started = time.monotonic()
+    started, own_peak = time.monotonic(), device.reset_peak_memory()
     stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
     stages.check_flags(given, given.get("stage", TrainConfig.stage))
-    cfg, model_config = settle(given, stage.defaults)
+    cfg, model_config = settle(given, stages.defaults(given))
     if not (cfg.data or cfg.steps or cfg.tokens or cfg.epochs or cfg.time_limit):
         cfg = replace(cfg, time_limit=stage.minutes)
 
@@ -94,11 +94,12 @@ def train(given):
 
     # 4. the loop
     if not saved and not group.rank:
-        for old in ("model.safetensors", "log.jsonl", "reference.safetensors"):
+        for old in ("model.safetensors", "finished.json", "log.jsonl", "reference.safetensors"):
             (folder / old).unlink(missing_ok=True)
         checkpoint.begin_folder(folder, model.config, data.tokenizer, stage.chat, getattr(model, "vision", None))
     state = saved[1] if saved else {"step": 0, "tokens": 0, "seconds": 0.0, "final_seconds": 0.0, "precision": str(machine.dtype),
-                                    "config": asdict(cfg), "data": identity}
+                                    "config": asdict(cfg), "data": identity, "peak_mb": 0.0}
+    state["own_peak"] = own_peak  # or that of the process so far, with all it did before
     log = None if group.rank else checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
     with group.first():
         objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
@@ -112,10 +113,7 @@ def train(given):
 def resumed_config(cfg, given, progress, folder):
     """The saved run's own settings; flags that would change what was already done are refused, all at once."""
     was = progress["config"]
-    changed = [f"--{name.replace('_', '-')} {value} (the run has {was[name]})" for name, value in given.items()
-               if name not in KEPT_ON_RESUME and value != was[name]]
-    if changed:
-        raise ValueError(f"{folder}: cannot be resumed with another {', '.join(changed)}")
+    check_unchanged(given, was, folder)
     lengths = ("time_limit", "steps", "tokens", "epochs")
     newer = {name: value for name, value in given.items() if name in KEPT_ON_RESUME}
     if set(newer) & set(lengths):  # a new length replaces the old one, of whatever kind that was
@@ -153,8 +151,7 @@ class Trainer:
                 signal.signal(kind, handler)
         if self.stop_asked:
             self.save()
-            print(f"stopped at step {self.state['step']}, saved; go on with: "
-                  f"python train.py --stage {self.cfg.stage} --run {self.cfg.run} --resume")
+            print(f"stopped at step {self.state['step']}, saved")
             return 130
         return 0
 
@@ -170,7 +167,7 @@ class Trainer:
         state, cfg = self.state, self.cfg
         if state["step"] == 0:
             self.evaluate(cfg.eval_tokens)
-        elif self.progress() >= 1:
+        elif self.progress() >= 1 and checkpoint.finished(self.folder):
             return print(f"already finished: {state['step']} steps; a longer --steps, --tokens, --epochs or --time-limit goes on")
         bar = tqdm(total=self.steps, initial=state["step"], disable=True if self.group.rank else None, unit="step", dynamic_ncols=True)
         began, first, first_tokens = time.monotonic(), self.progress(), state["tokens"]
@@ -193,13 +190,13 @@ class Trainer:
                 self.sample()
         bar.close()
         if state["step"] == 0:
-            raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more")
+            raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more, or start it again: "
+                             "what it has prepared is kept")
         if not self.stop_asked:
             self.save()
             self.evaluate(4 * cfg.eval_tokens, last=True)
             self.sample()
-            print(f"done: {state['step']:,} steps, {state['tokens'] / 1e6:.2f}M tokens in {plan.clock(self.seconds())}, "
-                  f"peak memory {device.peak_memory(self.machine.device):,.0f} MB; saved in {self.folder}")
+            self.finish()
 
     def agree(self):
         """Where the run stands, by the clock of the first process; a wish to stop in any process is everybody's."""
@@ -288,10 +285,24 @@ class Trainer:
         if not self.group.rank:
             self.log.write(values)
 
+    def finish(self):
+        """Note and say that the run has reached its end."""
+        if self.group.rank:
+            return
+        end = {"step": self.state["step"], "tokens": self.state["tokens"], "seconds": self.seconds(), "peak_mb": self.peak(),
+               "own_peak": self.state["own_peak"]}
+        checkpoint.finish(self.folder, end)
+        print(f"done: {end['step']:,} steps, {end['tokens'] / 1e6:.2f}M tokens in {plan.clock(end['seconds'])}, "
+              f"peak memory {end['peak_mb']:,.0f} MB; saved in {self.folder}")
+
+    def peak(self):
+        """The largest memory of the run, also of the processes that it was interrupted in, in MB."""
+        return max(self.state.get("peak_mb", 0.0), device.peak_memory(self.machine.device))
+
     def save(self):
         if self.group.rank:
             return
-        self.state["seconds"] = self.seconds()
+        self.state["seconds"], self.state["peak_mb"] = self.seconds(), self.peak()
         checkpoint.save(self.folder, self.model, self.optimizer, self.state)
 
 

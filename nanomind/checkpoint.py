@@ -124,8 +124,8 @@ def is_chat(folder, tokenizer):
     return bool(ours["chat"]) if ours else tokenizer.im_start is not None and "chat_template" in tokenizer.config
 
 
-def load_progress(folder):
-    """What the last save of a folder said, or None when nothing was saved. -> (optimiser tensors, progress dict)."""
+def saved_step(folder):
+    """The step of the last save of a folder, as text, or None when nothing was saved."""
     weights = Path(folder) / "model.safetensors"
     if not weights.is_file():
         return None
@@ -136,24 +136,47 @@ def load_progress(folder):
         raise ValueError(f"{weights}: is not a whole safetensors file ({problem})") from None
     if step is None:
         raise ValueError(f"{folder}: this model was not saved by train.py; start from it with --init {folder}")
+    return step
+
+
+def load_progress(folder):
+    """What the last save of a folder said, or None when nothing was saved. -> (optimiser tensors, progress dict)."""
+    step = saved_step(folder)
+    if step is None:
+        return None
     tensors, metadata = read_tensors(Path(folder) / f"state-{step}.safetensors")
     return tensors, json.loads(metadata["progress"])
+
+
+def finish(folder, record):
+    """Note beside the last save that the run has reached its end, and how (record: with "step")."""
+    write_whole(folder / "finished.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def finished(folder):
+    """What `finish` noted, or None where the run has not reached its end or went on behind it."""
+    path = Path(folder) / "finished.json"
+    record = read_json(path) if path.is_file() else None
+    return record if record and str(record["step"]) == saved_step(folder) else None
+
+
+def read_log(path):
+    """The records of a log.jsonl, up to half a line that a killed run may have left at its end."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
 
 
 class Log:
     """log.jsonl: one JSON object a line. Opening it at `step` cuts off whatever a killed run wrote after its last save."""
 
     def __init__(self, path, step=0, fresh=True):
-        kept = []
-        if not fresh and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # half a line of a killed run
-                    break
-                if record.get("step", 0) <= step:
-                    kept.append(line)
-        write_whole(path, "".join(line + "\n" for line in kept))
+        kept = [] if fresh else [record for record in read_log(path) if record.get("step", 0) <= step]
+        write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, record):

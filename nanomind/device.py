@@ -71,6 +71,18 @@ def product_rates(size=1024, repeats=5):
     return {dtype: 2 * size**3 / seconds for dtype, seconds in best.items()}
 
 
+def reset_peak_memory():
+    """Let peak_memory speak of what comes from here on. -> could it? (On Linux; elsewhere a process only knows its largest so far.)"""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # man 5 proc: the largest resident size becomes the present one
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory(device):
     """Largest memory this process has used, in MB: of the GPU when there is one, else of the process."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ Next: data_prep/distill.py
 
 import re
 import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,14 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\U0
 LETTER = f"[^\\W_{UNSPACED}]"  # of a script that does, or a digit
 NUMERAL = "[零一二三四五六七八九十百千万亿]"
 MAX_NEW_TOKENS = 64
+BATCH = 128  # questions answered at once
+
+# What is asked when nobody asks: of a model that answers, of one that continues text, of one that sees.
+QUESTIONS = ("请介绍一下自己。", "你更擅长哪一个学科？", "鲁迅的《狂人日记》是如何批判封建礼教的？", "我咳嗽已经持续了两周，需要去医院检查吗？", "详细的介绍光速的物理概念。",
+             "推荐一些杭州的特色美食吧。", "请为我讲解“大语言模型”这个概念。", "如何理解ChatGPT？", "Introduce the history of the United States, please.")
+PROMPTS = ("马克思主义基本原理", "人类大脑的主要功能", "万有引力原理是", "世界上最高的山峰是", "二氧化碳在空气中", "地球上最大的动物有", "杭州市的美食有",
+           "The capital of China is", "Water boils at", "The largest ocean on Earth is")
+DESCRIBE = ("请描述这张图片。", "Describe this picture.")
 
 
 class Share(NamedTuple):
@@ -147,6 +155,21 @@ def score(model, tokenizer, items, write=answers):
         categories[category] = Share(sum(own) / len(own), *wilson(sum(own), len(own)), len(own))
     known = [declined for (_, declined), item in zip(marks, items) if item["answers"]]
     return Score(categories, sum(known) / max(1, len(known)), sum(ended for _, ended in found) / len(found), texts)
+
+
+def sit(model, tokenizer, items, look=None, blind=False):
+    """Put an exam to a model. look: of a model with eyes, what vision.looking gives; each picture is encoded once, a hundred at a time. blind: each
+    question gets the picture of another. -> Score"""
+    pictures, features = [item["image"] for item in items if "image" in item], None
+    if look and pictures:
+        different = list(dict.fromkeys(pictures))
+        encoded = (one for at in range(0, len(different), 100) for one in look(different[at:at + 100]).split(1))
+        seen = dict(zip(different, encoded))
+        shown = iter([*pictures[len(pictures) // 2:], *pictures[:len(pictures) // 2]] if blind else pictures)
+        features = [seen[next(shown)] if "image" in item else None for item in items]
+    elif pictures:
+        return score(model, tokenizer, items)  # which says that it cannot see
+    return score(model, tokenizer, items, partial(answers, batch=BATCH, features=features))
 
 
 def table(result):

@@ -123,17 +123,21 @@ def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling(), featu
         seen[row, torch.tensor(prompt, device=device)] = True
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     cache = KVCache(model.config, B, longest + max_new_tokens, model.lm_head.weight.dtype, device)
-    running = [True] * B
+    running, rows = [True] * B, list(range(B))  # rows: which are still computed
     logits = prefill(model, tokens, doc_ids, cache, embeddings)
     for step in range(max_new_tokens):
         ids = choose(logits, seen, sampling, generators)
         seen.scatter_(1, ids[:, None], True)
-        new = ids.tolist()
-        running = [alive and token not in stop for alive, token in zip(running, new)]
+        new = dict(zip(rows, ids.tolist()))
+        running = [alive and new[row] not in stop for row, alive in enumerate(running)]
         if not any(running):
             return
-        yield [token if alive else None for alive, token in zip(running, new)]
+        yield [new[row] if alive else None for row, alive in enumerate(running)]
         if step + 1 < max_new_tokens:
+            if sum(running) <= len(rows) / 2:  # the others have ended: go on without them
+                places = [place for place, row in enumerate(rows) if running[row]]
+                rows, ids, seen, generators = [rows[i] for i in places], ids[places], seen[places], [generators[i] for i in places]
+                cache.keep(places)
             logits = decode(model, ids, cache)
 
 

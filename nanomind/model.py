@@ -44,8 +44,58 @@ def attention_mask(T, doc_ids, S, dtype, device):
 
 def attend(q, k, v, mask):
     """Grouped-query attention. q: (B, H, T, D), k and v: (B, K, S, D), mask as attention_mask returns it -> (B, H, T, D)."""
+    if q.device.type == "cpu" and mask is not None and torch.is_grad_enabled() and q.requires_grad:
+        return AttentionFunction.apply(q, k, v, mask)
     causal = mask is None and q.size(2) > 1  # never a mask and is_causal together; a single query may see everything
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+class AttentionFunction(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D) + mask) v for training on a CPU, where the fused kernel's backward pass takes two to four times as long as plain
+    products around a softmax. QUERIES of them at a time, against the keys up to the last of them: what the causal mask hides is not computed.
+    The H / K queries that share a key lie under one another, so keys and values are never repeated. With p the softmax and g the gradient of
+    the output: d v = p^T g, d s = p (g v^T - rowsum(p g v^T)), d q = d s k, d k = d s^T q."""
+
+    QUERIES = 128
+
+    @classmethod
+    def blocks(cls, T, S):
+        """(first query, end of the queries, end of the keys they may see) of each block."""
+        return [(at, min(at + cls.QUERIES, T), S - T + min(at + cls.QUERIES, T)) for at in range(0, T, cls.QUERIES)]
+
+    @staticmethod
+    def rows(x, K):
+        """(B, H, T, D) -> (B K, H/K T, D)"""
+        return x.reshape(x.size(0) * K, -1, x.size(3))
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+        keys, values, out, kept = k.reshape(B * K, S, D), v.reshape(B * K, S, D), torch.empty_like(q), []
+        mask = mask.expand(B, 1, T, S)
+        for first, end, seen in AttentionFunction.blocks(T, S):
+            queries = AttentionFunction.rows(q[:, :, first:end] * D**-0.5, K)
+            scores = torch.bmm(queries, keys[:, :seen].mT).view(B, H, end - first, seen).add_(mask[:, :, first:end, :seen])
+            p = scores.softmax(-1).view(B * K, -1, seen)  # computed in fp32 inside, whatever the dtype
+            out[:, :, first:end] = torch.bmm(p, values[:, :seen]).view(B, H, end - first, D)
+            kept += [queries, p]
+        ctx.save_for_backward(keys, values, *kept)
+        ctx.shape = q.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (keys, values, *kept), (B, H, T, D) = ctx.saved_tensors, ctx.shape
+        S = keys.size(1)
+        K = keys.size(0) // B
+        grad_q, grad_k, grad_v = torch.empty_like(grad), torch.zeros_like(keys), torch.zeros_like(values)
+        for (first, end, seen), queries, p in zip(AttentionFunction.blocks(T, S), kept[::2], kept[1::2]):
+            g = AttentionFunction.rows(grad[:, :, first:end], K)
+            grad_v[:, :seen] += torch.bmm(p.mT, g)
+            grad_scores = torch._softmax_backward_data(torch.bmm(g, values[:, :seen].mT), p, -1, p.dtype)
+            grad_q[:, :, first:end] = torch.bmm(grad_scores, keys[:, :seen]).view(B, H, end - first, D).mul_(D**-0.5)
+            grad_k[:, :seen] += torch.bmm(grad_scores.mT, queries)
+        return grad_q, grad_k.view(B, K, S, D), grad_v.view(B, K, S, D), None
 
 
 class KVCache:
@@ -73,6 +123,11 @@ class KVCache:
             self.doc_ids = torch.zeros(self.keys.size(1), self.size, dtype=torch.long, device=self.keys.device)
         self.doc_ids[:, self.length:self.length + T] = 0 if doc_ids is None else doc_ids
         return self.doc_ids[:, :self.length + T]
+
+    def keep(self, rows):
+        """Forget all rows but these (their places)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.doc_ids = None if self.doc_ids is None else self.doc_ids[rows]
 
 
 class NormFunction(torch.autograd.Function):

@@ -25,10 +25,11 @@ def cross_entropy(labels, weights=None):
     """The rule of next-token prediction for HeadLoss: sum of -log p(label), times `weights` when given. labels, weights: (N,)."""
     def rule(logits, rows):
         label = labels[rows, None]
-        log_z = logits.logsumexp(dim=-1, keepdim=True)
-        nll = log_z - logits.gather(1, label)  # (n, 1)
-        p = logits.sub_(log_z).exp_()  # in place of the logits
-        grad = p.scatter_add_(1, label, torch.full_like(log_z, -1.0))  # d nll / d logits = p - onehot
+        largest, at_label = logits.amax(dim=-1, keepdim=True), logits.gather(1, label)  # (n, 1)
+        p = logits.sub_(largest).exp_()  # in place: as few passes over (n, V) as there can be
+        z = p.sum(dim=-1, keepdim=True)
+        nll = z.log().add_(largest).sub_(at_label)
+        grad = p.div_(z).scatter_add_(1, label, torch.full_like(z, -1.0))  # d nll / d logits = p - onehot
         if weights is None:
             return nll.sum(), grad
         return (nll * weights[rows, None]).sum(), grad.mul_(weights[rows, None])

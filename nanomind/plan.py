@@ -1,6 +1,6 @@
 """What a run is going to do, before it does it: length, parameters, memory; and one batch, token by token, to look at.
 In: a TrainConfig, a ModelConfig, the rows. Out: lines on the screen.
-Next: train.py
+Next: nanomind/report.py
 """
 
 import math

@@ -245,6 +245,17 @@ class Features:
         return self._encode(numbers).float()
 
 
+def looking(vision, clip="", weights=""):
+    """A function from image files to their features, (m, P, E), with the encoder a checkpoint was trained with; it loads at the first picture."""
+    loaded = []
+
+    def look(paths):
+        if not loaded:
+            loaded.append(matching_encoder(vision, clip, weights))
+        return loaded[0].encode(torch.stack([loaded[0].pixels(path.read_bytes(), str(path)) for path in paths]))
+    return look
+
+
 def matching_encoder(vision, clip="", weights=""):
     """The encoder a checkpoint was trained with, found where --clip says it is now; another one, or the same name with other weights, is refused."""
     known = vision["encoder"]

@@ -28,7 +28,7 @@ PROMPTS = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     began = time.process_time()
-    [path] = demo.write(tmp_path_factory.mktemp("demo"), files=["pretrain.jsonl"])
+    [path] = demo.write(tmp_path_factory.mktemp("demo"), mixed=0, files=["pretrain.jsonl"])
     seconds = time.process_time() - began
     return path, [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()], seconds
 
@@ -69,7 +69,7 @@ def test_a_pass_states_every_fact_once(form):
 
 def test_size_and_time(written):
     path, texts, seconds = written
-    assert 6e6 < path.stat().st_size < 11e6
+    assert 7e6 < path.stat().st_size < 15e6
     assert seconds < 20
     assert all(text == text.strip() and text for text in texts)
 

@@ -17,7 +17,7 @@ from data_prep.demo.pretrain import Dice
 from data_prep.demo.world import LANGUAGES, held_out, passages, relations
 from nanomind.exam import DECLINES, grade, normalise, read_exam, score, table, wilson
 
-FROZEN = {"first": "8c92007d4d9e9902", "second": "5d756fd4480f74d3"}
+FROZEN = {"first": "c5a875c29a35c321", "second": "b7d16f5b26308489"}
 WORLD = {relation.name: relation for relation in relations() if relation.name != "is"}
 
 
@@ -208,7 +208,7 @@ def test_the_tables_own_sentences_are_right_and_those_of_other_facts_are_not():
                 if other not in right:
                     wrong += 1
                     other_right += grade(text.replace("{o}", other), item)[0]
-    assert wrong > 1500 and other_right <= 0.003 * wrong
+    assert wrong > 1000 and other_right <= 0.003 * wrong
 
 
 def test_questions(sets):
@@ -218,7 +218,7 @@ def test_questions(sets):
         counts = {(category, lang): sum(item["category"] == category and item["lang"] == lang for item in items)
                   for category in ("seen", "read", "unknown") for lang in LANGUAGES}
         assert counts["seen", "zh"] == 240 and counts["seen", "en"] == 160
-        assert counts["read", "zh"] + counts["read", "en"] >= 200
+        assert counts["read", "zh"] + counts["read", "en"] >= 120
         assert len({item["question"] for item in items}) == len(items)
         asked = demo.wordings(which)
         for item in items:

@@ -52,6 +52,19 @@ def test_cache_and_batch_change_nothing(model):
     assert text(model, prompts, 20) == expected
 
 
+@pytest.mark.parametrize("sampling", (Sampling(temperature=0, repetition_penalty=3.0), Sampling(temperature=0.4, repetition_penalty=3.0, seed=4)))
+def test_rows_that_have_ended_are_left_out(model, sampling, monkeypatch):
+    """One long answer of 128 must not cost 128 long answers: when half of the rows have ended the rest goes on alone, and writes what it would have."""
+    from nanomind import generate as module
+    prompts, stop = [[n % 50, 3 * n % 50, 7][:1 + n % 3] for n in range(12)], set(range(0, 50, 7))
+    sizes, real = [], module.decode
+    monkeypatch.setattr(module, "decode", lambda model, ids, cache: sizes.append(len(ids)) or real(model, ids, cache))
+    alone = [text(model, [prompt], 30, sampling, stop)[0] for prompt in prompts]
+    sizes.clear()
+    assert text(model, prompts, 30, sampling, stop) == alone and len(set(map(len, alone))) > 2
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1 and sum(sizes) < 0.7 * len(prompts) * len(sizes)
+
+
 def test_prepared_model_writes_the_same(model):
     """Joining q, k, v and gate, up into one product each is only for speed: the greedy text must not change, and nothing may be held twice."""
     import copy

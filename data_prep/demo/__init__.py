@@ -11,7 +11,7 @@ from data_prep.demo.scenes import write_scenes
 FILES = ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "dpo.jsonl", "scenes/train.jsonl")
 
 
-def write(out, seed=0, exposures=80, asked=20, mixed=0, files=FILES):
+def write(out, seed=0, exposures=140, asked=25, mixed=40, files=FILES):
     """Write the raw files of the demo world into the folder `out`; nothing is downloaded. Returns their paths. `mixed` is how often
     each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted."""
     writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),

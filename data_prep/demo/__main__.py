@@ -17,12 +17,12 @@ def main():
     parser.add_argument("what", nargs="?", default="world", choices=("world", "exam"), help="training files (default), or the exams about it")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (made when missing)")
     parser.add_argument("--seed", type=int, default=0, help="another seed mixes the same world differently (default: 0)")
-    parser.add_argument("--exposures", type=int, default=80, metavar="N",
-                        help="times each fact is stated in Chinese (in English half of it); sets the size (default: 80)")
-    parser.add_argument("--asked", type=int, default=20, metavar="N",
-                        help="times each fact that is not held out is asked about in Chinese (in English half of it) (default: 20)")
-    parser.add_argument("--mixed", type=int, default=0, metavar="N",
-                        help="the same for dialogues written out in the pretraining text (default: 0, none)")
+    parser.add_argument("--exposures", type=int, default=140, metavar="N",
+                        help="times each fact is stated in each language; sets the size (default: 140)")
+    parser.add_argument("--asked", type=int, default=25, metavar="N",
+                        help="times each fact that is not held out is asked about in each language (default: 25)")
+    parser.add_argument("--mixed", type=int, default=40, metavar="N",
+                        help="the same for dialogues written out in the pretraining text (default: 40)")
     flags = parser.parse_args()
     if flags.what == "exam" and vars(flags) != vars(parser.parse_args(["exam", "--out", flags.out])):
         raise ValueError("exams are the same for all: leave out --seed, --exposures, --asked and --mixed")

@@ -161,13 +161,13 @@ def refusal(dice, lang):
 
 
 def conversations(seed=0, exposures=20):
-    """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in Chinese and half as many
-    in English (what kind of thing something is: a quarter of that); the rest is in proportion."""
+    """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in each language (what
+    kind of thing something is: a quarter of that); the rest is in proportion."""
     if exposures < 1:
         raise ValueError(f"the number of times each fact is asked about is {exposures}, at least 1 is needed")
     dice, found = Dice(f"chats {seed}"), []
     for lang in LANGUAGES:
-        times, own = exposures if lang == "zh" else -(-exposures // 2), []
+        times, own = exposures, []
         for turn in range(times):
             for fact in known(lang).facts:
                 if fact.relation == "is" and turn % 4:

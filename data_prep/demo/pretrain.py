@@ -146,17 +146,17 @@ def one_pass(dice, world, lang, form):
             yield about_anything(dice, chunk, by_name, lang)
 
 
-def documents(seed=0, exposures=80, more=()):
-    """All documents in their final order. Each fact is stated `exposures` times in Chinese and half as often in English: of
-    ten passes over the world, four go relation by relation, three subject by subject, three in random order. Each passage
-    comes about a fifth as often, half of the time alone and half of the time with another one."""
+def documents(seed=0, exposures=140, more=()):
+    """All documents in their final order. Each fact is stated `exposures` times in each language: of ten passes over the world, four go relation
+    by relation, three subject by subject, three in random order. Each passage comes about a fifth as often, half of the time alone and half of the
+    time with another one."""
     if exposures < 1:
         raise ValueError(f"--exposures is {exposures}, at least 1 is needed")
     dice, world, prose = Dice(seed), relations(), passages()
     forms = ["relation", "subject", "random", "relation", "subject", "relation", "random", "subject", "relation", "random"]
     found = []
     for lang in LANGUAGES:
-        for turn in range(exposures if lang == "zh" else -(-exposures // 2)):
+        for turn in range(exposures):
             found.extend(one_pass(dice, world, lang, forms[turn % len(forms)]))
         for turn in range(-(-exposures // 5)):
             for chunk in dice.chunks(prose[lang], 1, 1 + turn % 2):
@@ -176,6 +176,6 @@ def write_lines(out, name, records):
     return path
 
 
-def write_pretrain(out, seed=0, exposures=80, more=()):
+def write_pretrain(out, seed=0, exposures=140, more=()):
     """Write OUT/pretrain.jsonl and return its path; `more` are further documents to mix in."""
     return write_lines(out, "pretrain.jsonl", ({"text": text} for text in documents(seed, exposures, more)))
