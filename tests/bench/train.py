@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of whole optimiser steps: ours, MiniMind's own model and loop defaults, transformers' Llama.
 In: a preset, and for MiniMind the path of a checkout (none of its code is here). Out: a table with ratios, and the share of the machine's
 measured matrix-product rate that is reached. `python tests/bench/train.py --preset small --minimind CHECKOUT`
-Next: decode.py
+Next: loss.py
 
 What is equal for all: shape, 8 rows of 512 random ids, one optimiser step per batch, gradients clipped at 1, all cores, and the allocator's
 settings (one row shows MiniMind without them). What is each one's own: precision, optimiser, how the loss is computed, the loop.
