@@ -41,7 +41,7 @@ def train(given):
     started, own_peak = time.monotonic(), device.reset_peak_memory()
     stage = stages.STAGES[given.get("stage", TrainConfig.stage)]
     stages.check_flags(given, given.get("stage", TrainConfig.stage))
-    cfg, model_config = settle(given, stage.defaults)
+    cfg, model_config = settle(given, stages.defaults(given))
     if not (cfg.data or cfg.steps or cfg.tokens or cfg.epochs or cfg.time_limit):
         cfg = replace(cfg, time_limit=stage.minutes)
 

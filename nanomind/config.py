@@ -86,8 +86,10 @@ class ModelConfig:
 
 
 PRESETS = {  # name: (model, run defaults that go with the size)
-    "pico": (ModelConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, head_dim=32, intermediate_size=256,
-                         qk_norm=True), {"batch_size": 4}),  # 1.00M: a student for nano
+    "pico": (ModelConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=32, intermediate_size=256,
+                         qk_norm=True), {"batch_size": 4}),  # 0.91M: a student for demo and nano
+    "demo": (ModelConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
+                         qk_norm=True), {"batch_size": 4}),  # 2.80M, 2.16M with the built-in world's vocabulary of 3,072
     "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
                          qk_norm=True), {"batch_size": 4}),  # 3.59M
     "small": (ModelConfig(), {"clip": "ViT-B-16"}),  # 25.83M
@@ -130,7 +132,7 @@ class TrainConfig:
     stage: str = knob("pretrain", "which row of the table in nanomind/stages.py to run; vlm: both its phases; all: every one, measured after each")
     phase: str = knob("both", "of a stage that has two: 1, 2 or both", ("1", "2", "both"))
     run: str = knob("demo", "name of the run: results go to out/RUN/STAGE/")
-    preset: str = knob("", "model size: pico, nano, small, base, or the path of a config.json of your own (default: nano, or that of the checkpoint)")
+    preset: str = knob("", "model size: pico, demo, nano, small, base, or the path of a config.json of your own (default: nano, on the built-in world demo, or that of the checkpoint)")
     data: str = knob("", "a data folder, or raw files and folders separated by commas; default: the built-in corpus")
     val: str = knob("", "raw files to validate on (with raw --data); default: 1 %% of the documents")
     tokenizer: str = knob("", "tokenizer folder for raw --data; default: one is trained on that data")
@@ -143,7 +145,7 @@ class TrainConfig:
     minutes: float = knob(0.0, "of several stages together (all, vlm): each gets its share")
     steps: int = knob(0, "optimiser steps")
     tokens: float = knob(0.0, "tokens to train on, 5e6 works")
-    epochs: float = knob(0.0, "passes over the data; 1 when no length is given (the built-in corpus: 4 minutes)")
+    epochs: float = knob(0.0, "passes over the data; 1 when no length is given (on the built-in world: some minutes)")
     # batch
     seq_len: int = knob(512, "tokens in a row")
     batch_size: int = knob(8, "rows in a forward pass")

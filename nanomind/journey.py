@@ -67,7 +67,7 @@ def travel(given, train):
 
 def plans(rows, place, train):
     """What each stage would do. Where its predecessor is not there yet, it is taken to have the first one's shape."""
-    preset = stages.STAGES[rows[0]["stage"]].defaults.get("preset", "nano")
+    preset = stages.defaults(rows[0])["preset"]
     for row in rows:
         print(f"\n{row['stage']}")
         before = stages.STAGES[row["stage"]].starts_from

@@ -3,7 +3,7 @@ In: a TrainConfig. Out: a row of STAGES, and the three things a run needs made f
 Next: nanomind/plan.py
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import bpe
@@ -20,7 +20,7 @@ from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 from nanomind.vision import Features, add_eyes, load_encoder, matching_encoder
 
-BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
+BUILTIN_TOKENS = 5.6e6  # about what the built-in corpus gives
 
 
 CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United States, please.")
@@ -36,6 +36,7 @@ class Stage:
     prompts: tuple  # what samples are made from while it trains
     flags: tuple = ()  # fields of TrainConfig that only such stages know
     trains: str = ""  # what its parameters' names begin with, when the rest is frozen
+    demo: dict = field(default_factory=dict)  # of TrainConfig, over those, when it trains on the built-in world
     minutes: float = 4.0  # of a run on the built-in corpus without a length; rows that share a --time-limit share it in proportion
 
     @property
@@ -53,14 +54,19 @@ class Run:
 
 
 EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
+SHORT = {"vocab_size": 3072, "seq_len": 256, "batch_size": 8}  # the built-in world is small and its documents are short: small is cheaper
 STAGES = {
-    "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is")),
-    "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS),
-    "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature")),
+    "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
+                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=5.2),
+    "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
+                 demo=SHORT, minutes=2.0),
+    "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
+                     demo=SHORT, minutes=1.3),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss")),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", 0.8),
-    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, minutes=4.2),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo=SHORT, minutes=0.7),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, 0.4),
+    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, demo=SHORT,
+                   minutes=3.4),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
@@ -92,6 +98,12 @@ def rows(given):
             own["time_limit"] = given.get("minutes", given.get("time_limit")) * STAGES[row].minutes / minutes
         found.append({**own, "stage": row})
     return found
+
+
+def defaults(given):
+    """Of TrainConfig, over those of the preset: the stage's own, and on the built-in world those that suit it."""
+    stage = STAGES[given.get("stage", TrainConfig.stage)]
+    return stage.defaults if given.get("data") else {**stage.defaults, **stage.demo}
 
 
 def check_flags(given, name):
