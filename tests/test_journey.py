@@ -143,7 +143,7 @@ def test_the_table_says_what_the_logs_say(whole):
         last = [line["seconds"] for line in lines if "seconds" in line][-1]
         assert last / 60 <= float(cell["minutes"]) + 0.01 and 50 < float(cell["peak MB"].removeprefix("<= ").replace(",", "")) < 50_000
         exam = [json.loads(line).get("exam") for line in (place / "out/demo/journey.jsonl").read_text("utf-8").split("\n") if f'"stage": "{row[0]}"' in line][0]
-        assert cell["seen"] == (f"{100 * exam['right']['seen']:.1f} %" if exam else "-")
+        assert cell["seen"] == (f"{100 * exam['right']['seen']:.1f} %" if exam else "-") and cell["ended"] == (f"{100 * exam['ended']:.1f} %" if exam else "-")
     assert "preferred" in table[4][10] and "kl" in table[3][10] and "image_gain" in table[6][10]
     assert float(table[-1][1]) == pytest.approx(sum(float(row[1]) for row in table[1:-1]), abs=0.05)
 
