@@ -142,7 +142,7 @@ def score(model, tokenizer, items, write=answers):
     for item in items:
         if "image" in item and write is answers:
             raise ValueError(f"{item['question'][:40]!r} asks about a picture, which this model cannot see: name a checkpoint of --stage vlm")
-        content = [None, item["question"]] if "image" in item else item["question"]
+        content = [None, "\n" + item["question"]] if "image" in item else item["question"]
         prompts.append(begin + tokenizer.render_prompt([{"role": "user", "content": content}]))
         if len(prompts[-1]) > room:
             raise ValueError(f"{item['question'][:40]!r}... has {len(prompts[-1])} tokens, {room} leave room for an answer: shorten the question")
