@@ -11,7 +11,7 @@ from data_prep.demo.world import LANGUAGES, sections
 
 # Chats hold the full and the curt answer in equal share, so before DPO neither is preferred; now the full one is. The other kinds are
 # few: a model that has learnt its chats rates them right from the start.
-KINDS = ["curt"] * 58 + ["shrug"] * 13 + ["cold"] * 7 + ["long"] * 10 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 4
+KINDS = ["curt"] * 48 + ["shrug"] * 12 + ["cold"] * 7 + ["long"] * 11 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 14
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 
 
