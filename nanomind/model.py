@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nanomind.by_hand import AttentionFunction, NormFunction, Products, SwiGLU, by_hand, product_dtype
+
 
 def rope_table(config, start, T, device):
     """Cosines and sines of the rotary positions start .. start+T-1, each (T, 1, D/2) fp32 (RoFormer, arXiv:2104.09864, eq. 34)."""
@@ -44,58 +46,8 @@ def attention_mask(T, doc_ids, S, dtype, device):
 
 def attend(q, k, v, mask):
     """Grouped-query attention. q: (B, H, T, D), k and v: (B, K, S, D), mask as attention_mask returns it -> (B, H, T, D)."""
-    if q.device.type == "cpu" and mask is not None and torch.is_grad_enabled() and q.requires_grad:
-        return AttentionFunction.apply(q, k, v, mask)
     causal = mask is None and q.size(2) > 1  # never a mask and is_causal together; a single query may see everything
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-
-
-class AttentionFunction(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v for training on a CPU, where the fused kernel's backward pass takes two to four times as long as plain
-    products around a softmax. QUERIES of them at a time, against the keys up to the last of them: what the causal mask hides is not computed.
-    The H / K queries that share a key lie under one another, so keys and values are never repeated. With p the softmax and g the gradient of
-    the output: d v = p^T g, d s = p (g v^T - rowsum(p g v^T)), d q = d s k, d k = d s^T q."""
-
-    QUERIES = 128
-
-    @classmethod
-    def blocks(cls, T, S):
-        """(first query, end of the queries, end of the keys they may see) of each block."""
-        return [(at, min(at + cls.QUERIES, T), S - T + min(at + cls.QUERIES, T)) for at in range(0, T, cls.QUERIES)]
-
-    @staticmethod
-    def rows(x, K):
-        """(B, H, T, D) -> (B K, H/K T, D)"""
-        return x.reshape(x.size(0) * K, -1, x.size(3))
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        keys, values, out, kept = k.reshape(B * K, S, D), v.reshape(B * K, S, D), torch.empty_like(q), []
-        mask = mask.expand(B, 1, T, S)
-        for first, end, seen in AttentionFunction.blocks(T, S):
-            queries = AttentionFunction.rows(q[:, :, first:end] * D**-0.5, K)
-            scores = torch.bmm(queries, keys[:, :seen].mT).view(B, H, end - first, seen).add_(mask[:, :, first:end, :seen])
-            p = scores.softmax(-1).view(B * K, -1, seen)  # computed in fp32 inside, whatever the dtype
-            out[:, :, first:end] = torch.bmm(p, values[:, :seen]).view(B, H, end - first, D)
-            kept += [queries, p]
-        ctx.save_for_backward(keys, values, *kept)
-        ctx.shape = q.shape
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (keys, values, *kept), (B, H, T, D) = ctx.saved_tensors, ctx.shape
-        S = keys.size(1)
-        K = keys.size(0) // B
-        grad_q, grad_k, grad_v = torch.empty_like(grad), torch.zeros_like(keys), torch.zeros_like(values)
-        for (first, end, seen), queries, p in zip(AttentionFunction.blocks(T, S), kept[::2], kept[1::2]):
-            g = AttentionFunction.rows(grad[:, :, first:end], K)
-            grad_v[:, :seen] += torch.bmm(p.mT, g)
-            grad_scores = torch._softmax_backward_data(torch.bmm(g, values[:, :seen].mT), p, -1, p.dtype)
-            grad_q[:, :, first:end] = torch.bmm(grad_scores, keys[:, :seen]).view(B, H, end - first, D).mul_(D**-0.5)
-            grad_k[:, :seen] += torch.bmm(grad_scores.mT, queries)
-        return grad_q, grad_k.view(B, K, S, D), grad_v.view(B, K, S, D), None
 
 
 class KVCache:
@@ -130,36 +82,16 @@ class KVCache:
         self.doc_ids = None if self.doc_ids is None else self.doc_ids[rows]
 
 
-class NormFunction(torch.autograd.Function):
-    """x s w with s = 1 / rms(x), in fp32. Written out because autograd's own way through it takes twice the passes over memory and keeps
-    more for the backward pass: d x = s g w - x s^3 (x . g w) / C, d w = sum over rows of g x s."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        h = x.float()
-        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.size(-1)).add_(eps).rsqrt_()  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (h * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        h, g = x.float(), grad.float()
-        rows = (g * h).flatten(0, -2)  # (n, C)
-        inner = (rows @ weight).view_as(scale) * scale.pow(3) / h.size(-1)
-        return (g * weight).mul_(scale).addcmul_(h, inner, value=-1).to(x.dtype), scale.flatten() @ rows, None
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 whatever the precision of the run (arXiv:1910.07467, eq. 4)."""
+    """x / rms(x) * weight, computed in fp32 whatever the precision of the run (arXiv:1910.07467, eq. 4)."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return NormFunction.apply(x, self.weight, self.eps)
+        if by_hand(x):
+            return NormFunction.apply(x, self.weight, self.eps, product_dtype(x))
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # computes in fp32 inside; one call, when one token is all there is
 
 
@@ -182,7 +114,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm, self.fused = config.qk_norm, None
+        self.qk_norm, self.heads, self.fused = config.qk_norm, (H, K), None
 
     def fuse(self):
         """For writing: one product gives q, k and v. The three weights become views of one, so nothing is held twice."""
@@ -191,6 +123,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
+        if by_hand(x) and mask is not None and cache is None:
+            joined = Products.apply(x, *(projection.weight for projection in projections))
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else (None, None, 0.0)
+            return self.o_proj(AttentionFunction.apply(joined, *norms, *rope, mask, *self.heads))
         if self.fused is None:
             q, k, v = (projection(x) for projection in projections)
         else:
@@ -203,20 +139,6 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Written out so that only gate and up are kept for the backward pass, and silu is computed again there."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class MLP(nn.Module):
@@ -236,7 +158,9 @@ class MLP(nn.Module):
         if self.fused is not None:
             gate, up = F.linear(x, self.fused).chunk(2, dim=-1)
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        if by_hand(x):
+            return self.down_proj(SwiGLU.apply(Products.apply(x, self.gate_proj.weight, self.up_proj.weight)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -297,9 +221,7 @@ class LanguageModel(nn.Module):
         assert cache is None or S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
         if cache is not None:
             doc_ids = cache.remember_docs(doc_ids, T)
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        mask = attention_mask(T, doc_ids, S, dtype, x.device)
+        mask = attention_mask(T, doc_ids, S, product_dtype(x), x.device)
         rope = rope_table(self.config, start, T, x.device)
         for i, layer in enumerate(self.model.layers):
             if self.checkpointing and self.training:

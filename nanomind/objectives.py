@@ -9,9 +9,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from nanomind.by_hand import product_dtype
 from nanomind.data import IGNORE
 
-CHUNK = 2048  # rows of the vocabulary head that are computed at a time
+CHUNK = 2048  # rows of the vocabulary head whose products are computed at a time
+BLOCK = 128  # ... and of these, on a CPU, whose softmax is: they stay in its cache meanwhile
 ROUND = 128  # ... filled up with zeros to a multiple of this: the number of targets changes from step to step, and the library behind bf16 products
 # on a CPU makes and keeps (3 MB) a program for every shape it meets
 
@@ -24,12 +26,10 @@ def filled(x):
 def cross_entropy(labels, weights=None):
     """The rule of next-token prediction for HeadLoss: sum of -log p(label), times `weights` when given. labels, weights: (N,)."""
     def rule(logits, rows):
-        label = labels[rows, None]
-        largest, at_label = logits.amax(dim=-1, keepdim=True), logits.gather(1, label)  # (n, 1)
-        p = logits.sub_(largest).exp_()  # in place: as few passes over (n, V) as there can be
-        z = p.sum(dim=-1, keepdim=True)
-        nll = z.log().add_(largest).sub_(at_label)
-        grad = p.div_(z).scatter_add_(1, label, torch.full_like(z, -1.0))  # d nll / d logits = p - onehot
+        label, p = labels[rows, None], logits.softmax(-1)
+        largest = logits.amax(dim=-1, keepdim=True)  # (n, 1); its p is 1 / z, so log z costs no sum of exponentials of its own
+        nll = largest.sub_(logits.gather(1, label)).sub_(p.amax(dim=-1, keepdim=True).log_())
+        grad = p.scatter_add_(1, label, torch.full_like(nll, -1.0))  # d nll / d logits = p - onehot
         if weights is None:
             return nll.sum(), grad
         return (nll * weights[rows, None]).sum(), grad.mul_(weights[rows, None])
@@ -65,15 +65,18 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, rule, dtype):
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w, size = hidden.to(dtype), weight.to(dtype), BLOCK if hidden.device.type == "cpu" else CHUNK
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(h), CHUNK):
             rows = slice(start, start + CHUNK)
             part, n = filled(h[rows]), len(h[rows])
-            loss, grad = rule((part @ w.T)[:n].float(), rows)
-            total += loss
-            grad = filled(grad.to(dtype))
+            grad = part @ w.T  # logits, which their gradient takes the place of; rows that fill up have none
+            for at in range(0, n, size):
+                block = slice(at, min(at + size, n))
+                loss, grad[block] = rule(grad[block].float(), slice(start + at, start + block.stop))
+                total += loss
+            grad[n:] = 0
             grad_hidden[rows] = (grad @ w)[:n]
             if grad_weight is not None:
                 grad_weight += grad.T @ part
@@ -100,12 +103,6 @@ def targets(model, batch):
     chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,)
     hidden = model(batch.tokens, batch.doc_ids) if batch.features is None else model(batch.tokens, batch.doc_ids, features=batch.features, slots=batch.slots)
     return hidden.flatten(0, 1)[chosen], batch.labels.flatten()[chosen], chosen
-
-
-def product_dtype(x):
-    """The dtype in which matrix products are done here: autocast's when it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class NextToken:
