@@ -1,6 +1,6 @@
 """Rows for the model: packs a data folder's documents into rows of T tokens and hands out batches.
 In: one split of a data folder. Out: `batch(step, i)`, a pure function of (seed, step, i): no generator state, no workers, exact resume.
-Next: nanomind/model.py
+Next: nanomind/by_hand.py
 
 How documents lie in rows (T = 6; E is <|endoftext|>, which opens every document; - is no target):
 
