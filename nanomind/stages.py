@@ -37,6 +37,7 @@ class Stage:
     flags: tuple = ()  # fields of TrainConfig that only such stages know
     trains: str = ""  # what its parameters' names begin with, when the rest is frozen
     demo: dict = field(default_factory=dict)  # of TrainConfig, over those, when it trains on the built-in world
+    replay: tuple = ()  # stages of the same run; on the built-in world the first that exists answers questions beside, so that what it knew is not forgotten
     minutes: float = 4.0  # of a run on the built-in corpus without a length; rows that share a --time-limit share it in proportion
 
     @property
@@ -64,9 +65,9 @@ STAGES = {
                      demo=SHORT, minutes=1.8),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 2e-4}, minutes=0.9),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, 0.6),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 0.9),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES, demo=SHORT,
-                   minutes=2.8),
+                   replay=("dpo", "sft"), minutes=2.6),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
@@ -186,13 +187,20 @@ def raw_files(cfg, stage, run_folder):
     folder = run_folder / "raw"
     if not (folder / stage.builtin).is_file():
         demo.write(folder, files=(stage.builtin,))
-    if "teacher" in stage.flags:  # of the built-in corpus it has the questions: the teacher answers
-        teacher = teacher_folder(cfg)
-        answers = folder / f"answers-{fingerprint([teacher / 'model.safetensors'])}.jsonl"
-        if not answers.is_file():
-            write_answers(teacher, [folder / stage.builtin], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
-        return [answers]
-    return [folder / stage.builtin]
+    if "teacher" in stage.flags:  # of the built-in world it has the questions: the teacher answers
+        return [answered(teacher_folder(cfg), folder, cfg)]
+    known = [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
+    return [folder / stage.builtin, *(answered(path, folder, cfg) for path in known[:1])]
+
+
+def answered(model_folder, folder, cfg):
+    """The file with a model's own answers to the questions about the whole built-in world, written when it is not there yet."""
+    if not (folder / "prompts.jsonl").is_file():
+        demo.write(folder, files=("prompts.jsonl",))
+    answers = folder / f"answers-{fingerprint([model_folder / 'model.safetensors'])}.jsonl"
+    if not answers.is_file():
+        write_answers(model_folder, [folder / "prompts.jsonl"], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
+    return answers
 
 
 def find_tokenizer(cfg, paths, run_folder):
