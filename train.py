@@ -27,12 +27,15 @@ from nanomind import checkpoint, device, generate, journey, judge, optim, parall
 def main(given):
     """The runs that the given flags name (parse_flags), one after the other. -> exit code of the last."""
     if given.get("stage") == stages.JOURNEY:
+        if "LOCAL_RANK" in os.environ:
+            raise ValueError(f"--stage {stages.JOURNEY} is for one process; under torchrun give the stages one by one")
         return journey.travel(given, train)
     for row in stages.rows(given):
         code = train(row)
         if code:
             print(f"go on with: python train.py --stage {row.get('stage', TrainConfig.stage)} --run {row.get('run', TrainConfig.run)} --resume")
             break
+    parallel.leave()
     return code
 
 
@@ -56,7 +59,9 @@ def train(given):
         print(f"nothing to resume in {folder}: starting afresh")
 
     # 2. the machine, and the processes that share the work
-    group = parallel.join()
+    group = parallel.join(cfg.device)
+    if cfg.shard and group.world == 1:
+        raise ValueError("--shard shares one model among the processes of torchrun, and there is only one process")
     if cfg.accumulate % group.world:
         raise ValueError(f"--accumulate {cfg.accumulate}: {group.world} processes cannot share it evenly; give a multiple of {group.world}")
     if group.rank:
@@ -85,7 +90,7 @@ def train(given):
     if cfg.dry_run:
         return plan.show(cfg, name, model_config, train.used, machine.rate, stage)
     model = stages.freeze(checkpoint.load_model(folder, cfg.checkpointing), stage) if saved else stages.build(cfg, model_config, data.tokenizer, encoder)
-    model.to(machine.device).train()
+    model = (parallel.shard(model, machine.device) if cfg.shard else model.to(machine.device)).train()
     runner = torch.compile(model) if cfg.compile else model
     optimizer = optim.Optimizer(model, cfg, machine.dtype)
     if saved:
@@ -101,13 +106,11 @@ def train(given):
                                     "config": asdict(cfg), "data": identity, "peak_mb": 0.0}
     state["own_peak"] = own_peak  # or that of the process so far, with all it did before
     log = None if group.rank else checkpoint.Log(folder / "log.jsonl", state["step"], fresh=not saved)
-    with group.first():
+    with parallel.gathered(model), group.first():
         objective = stages.make_objective(cfg, stage, model, data.tokenizer, train, val, folder, machine)
     trainer = Trainer(cfg, stage, objective, machine, data.tokenizer, model, runner, optimizer, train, val, folder, state, log, started, group)
-    try:
+    with group.together():
         return trainer.run()
-    finally:
-        parallel.leave()
 
 
 def resumed_config(cfg, given, progress, folder):
@@ -118,7 +121,7 @@ def resumed_config(cfg, given, progress, folder):
     newer = {name: value for name, value in given.items() if name in KEPT_ON_RESUME}
     if set(newer) & set(lengths):  # a new length replaces the old one, of whatever kind that was
         newer = {**dict.fromkeys(lengths, 0), **newer}
-    return replace(cfg, **{**was, **newer})
+    return replace(cfg, **{**was, "shard": False, **newer})  # how the work is shared now, not how it was
 
 
 class Trainer:
@@ -130,7 +133,7 @@ class Trainer:
         self.optimizer, self.train, self.val, self.folder, self.state, self.log = optimizer, train, val, folder, state, log
         self.objective, self.steps, self.group = objective, plan.total_steps(cfg, train.rows), group
         self.started = started - state["seconds"]  # the runs before this one count
-        self.step_share, self.stop_asked = 0.0, False
+        self.step_share, self.stop_asked, self.asked_at, self.stopping = 0.0, False, 0.0, False
 
     def seconds(self):
         """Wall-clock seconds of the run so far, start-up and preparation of the data included."""
@@ -149,32 +152,35 @@ class Trainer:
         finally:
             for kind, handler in previous.items():
                 signal.signal(kind, handler)
-        if self.stop_asked:
+        if self.stopping:
             self.save()
             print(f"stopped at step {self.state['step']}, saved")
             return 130
         return 0
 
     def ask_stop(self, *_):
-        """Ctrl-C: finish the step, save, leave. A second one leaves at once, as the last save left it."""
-        if self.stop_asked:
+        """Ctrl-C: finish the step, save, leave. A second one leaves at once, as the last save left it (torchrun passes on what the terminal has
+        sent already: within a second it is the same one)."""
+        if self.stop_asked and time.monotonic() - self.asked_at > 1:
             raise KeyboardInterrupt
-        self.stop_asked = True
+        if self.stop_asked:
+            return
+        self.stop_asked, self.asked_at = True, time.monotonic()
         print("\nstopping after this step", file=sys.stderr)
 
     def loop(self):
         from tqdm import tqdm
         state, cfg = self.state, self.cfg
         if state["step"] == 0:
-            self.evaluate(cfg.eval_tokens)
-        elif self.progress() >= 1 and checkpoint.finished(self.folder):
+            self.look(cfg.eval_tokens)
+        elif self.where() >= 1 and checkpoint.finished(self.folder):
             return print(f"already finished: {state['step']} steps; a longer --steps, --tokens, --epochs or --time-limit goes on")
         bar = tqdm(total=self.steps, initial=state["step"], disable=True if self.group.rank else None, unit="step", dynamic_ncols=True)
         began, first, first_tokens = time.monotonic(), self.progress(), state["tokens"]
         next_line = began + 5  # without a terminal the bar is quiet: a line after 5 seconds, then one a minute
-        while (begin := self.agree()) < 1 and not self.stop_asked:
+        while (begin := self.agree()) < 1 and not self.stopping:
             loss = self.take_step(begin)
-            end, now = self.progress(), time.monotonic()
+            end, now = self.where(), time.monotonic()
             self.step_share = end - begin
             rate, eta = (state["tokens"] - first_tokens) / (now - began), (now - began) * (1 - end) / max(end - first, 1e-9)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, ETA {plan.clock(eta)}", refresh=False)
@@ -186,23 +192,24 @@ class Trainer:
                 self.save()
             if end < 1 and self.due(begin, end, cfg.eval_every):
                 bar.clear()
-                self.evaluate(cfg.eval_tokens)
-                self.sample()
+                self.look(cfg.eval_tokens)
         bar.close()
         if state["step"] == 0:
             raise ValueError(f"--time-limit {cfg.time_limit:g}: over before the first step, {plan.clock(self.seconds())} after the start: give it more, or start it again: "
                              "what it has prepared is kept")
-        if not self.stop_asked:
+        if not self.stopping:
             self.save()
-            self.evaluate(4 * cfg.eval_tokens, last=True)
-            self.sample()
+            self.look(4 * cfg.eval_tokens, last=True)
             self.finish()
 
+    def where(self):
+        """Where the run stands, by the clock of the first process: what follows from it, all processes do."""
+        return self.group.total(self.progress() * (self.group.rank == 0))[0]
+
     def agree(self):
-        """Where the run stands, by the clock of the first process; a wish to stop in any process is everybody's."""
-        first = self.group.rank == 0
-        at, self.step_share, stop = self.group.total(self.progress() * first, self.step_share * first, self.stop_asked)
-        self.stop_asked = bool(stop)
+        """Where the run stands; and a wish to stop in any process is everybody's."""
+        at, stop = self.group.total(self.progress() * (self.group.rank == 0), self.stop_asked)
+        self.stopping = bool(stop)
         return at
 
     def due(self, begin, end, every):
@@ -215,17 +222,19 @@ class Trainer:
         state, cfg, started = self.state, self.cfg, time.monotonic()
         batches = [self.train.batch(state["step"], i, cfg.accumulate) for i in range(self.group.rank, cfg.accumulate, self.group.world)]
         targets, tokens = self.group.total(sum(batch.n_targets for batch in batches), sum(int((batch.doc_ids >= 0).sum()) for batch in batches))
-        targets, tokens, total, sums = max(1, int(targets)), int(tokens), 0.0, {}
+        targets, tokens, found, sums = max(1, int(targets)), int(tokens), [], {}
         for batch in batches:
             with self.machine.autocast():
                 loss, metrics = self.objective(self.runner, batch.to(self.machine.device))
-            with self.group.summing(self.optimizer.names, last=batch is batches[-1]):
+            with self.group.summing(self.model, last=batch is batches[-1]):
                 (loss / targets).backward()
-            total += loss.item()
+            found.append({"loss": loss.detach(), **metrics})
+        for metrics in found:  # read when a GPU has been given all of its work: reading waits for it
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        total, *values = self.group.total(total, *sums.values())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip).item()
+        values = self.group.total(*sums.values())
+        total = values[0]
+        norm = optim.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip)).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise ValueError(f"step {state['step'] + 1}: loss {total / targets}, gradient norm {norm}: not finite, stopped before the weights were "
                              f"touched. Begin again with a lower --lr (now {cfg.lr:g})"
@@ -244,9 +253,17 @@ class Trainer:
         """Where this step will end: exact by steps, by the clock as long as the step before."""
         return max((self.state["step"] + 1) / self.steps if self.steps else 0.0, begin + self.step_share if self.cfg.time_limit else 0.0)
 
+    def look(self, tokens, last=False):
+        """Validate, and write something once it has learnt; the first process does it for all."""
+        with parallel.gathered(self.model):
+            if not self.group.rank:
+                self.evaluate(tokens, last)
+                if self.state["step"]:
+                    self.sample()
+
     def evaluate(self, tokens, last=False):
-        """Validate, print and log; the first process does it for all."""
-        if self.val is None or self.group.rank:
+        """Validate, print and log."""
+        if self.val is None:
             return
         began = time.monotonic()
         self.model.eval()
@@ -267,8 +284,6 @@ class Trainer:
 
     def sample(self):
         """Print what the model writes now."""
-        if self.group.rank:
-            return
         self.model.eval()
         stop = {self.tokenizer.end_of_text, self.tokenizer.im_end}
         for prompt in self.stage.prompts:
@@ -300,10 +315,10 @@ class Trainer:
         return max(self.state.get("peak_mb", 0.0), device.peak_memory(self.machine.device))
 
     def save(self):
-        if self.group.rank:
+        if self.group.rank and not self.cfg.shard:
             return
         self.state["seconds"], self.state["peak_mb"] = self.seconds(), self.peak()
-        checkpoint.save(self.folder, self.model, self.optimizer, self.state)
+        checkpoint.save(self.folder, self.model, self.optimizer, self.state, writes=not self.group.rank)
 
 
 if __name__ == "__main__":

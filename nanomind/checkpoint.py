@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from nanomind.config import ModelConfig, read_json
 from nanomind.model import LanguageModel
+from nanomind.optim import whole
 from nanomind.tokenizer import Tokenizer, write_whole
 from nanomind.vision import VisionLanguageModel
 
@@ -58,16 +59,30 @@ def begin_folder(folder, config, tokenizer, chat, vision=None):
     tokenizer.save(folder)
 
 
-def save(folder, model, optimizer, progress):
-    """Save weights, optimiser and `progress` (a JSON-able dict with "step"); commits with the rename of model.safetensors."""
+def gather(tensors, keep):
+    """Tensors whose parts several processes may hold -> whole ones, for the process that will `keep` them; one at a time, in the computer's memory."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            found[name] = full if full is tensor else full.cpu()
+    return found
+
+
+def save(folder, model, optimizer, progress, writes=True):
+    """Save weights, optimiser and `progress` (a JSON-able dict with "step"); commits with the rename of model.safetensors. Of a sharded model
+    every process calls this, one of them `writes`: the folder is the same as without."""
     step = str(progress["step"])
-    write_tensors(folder / f"state-{step}.safetensors", optimizer.tensors(), {"progress": json.dumps(progress)})
     weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # the embedding, once
+    state, weights = gather(optimizer.tensors(), writes), gather(weights, writes)
+    if not writes:
+        return
+    write_tensors(folder / f"state-{step}.safetensors", state, {"progress": json.dumps(progress)})
     eyes = {name: weights.pop(name) for name in list(weights) if name.startswith("projector.")}
     if eyes:  # beside the language model, which stays one that every tool can load
         write_tensors(folder / f"projector-{step}.safetensors", eyes, {"format": "pt"})
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]  # the embedding, once
     write_tensors(folder / "model.safetensors", weights, {"format": "pt", "step": step})
     for old in (*folder.glob("state-*.safetensors*"), *folder.glob("projector-*.safetensors*")):
         if old.name not in (f"state-{step}.safetensors", f"projector-{step}.safetensors"):

@@ -5,6 +5,7 @@ Next: nanomind/config.py
 
 import os
 import sys
+import traceback
 
 
 # glibc gives big blocks back to the kernel after every step and takes them again, page fault by page fault. Kept, a step is a fifth to a
@@ -38,6 +39,11 @@ def run(main):
             problem = f"{problem.filename or 'write'}: {problem.strerror}"
         print(f"error: {problem}", file=sys.stderr)
         code = 2
+    except Exception:
+        if "LOCAL_RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        code = 1
     if "LOCAL_RANK" in os.environ:  # one of torchrun's processes: gloo's threads let go of their last tensors a little later than the group is
         # destroyed, and an interpreter that shuts down under them aborts the process (and with it the run); so it is not shut down
         sys.stdout.flush()

@@ -181,6 +181,7 @@ class TrainConfig:
     precision: str = knob("auto", "auto, fp32 or bf16 (autocast; weights stay fp32)", ("auto", "fp32", "bf16"))
     threads: int = knob(0, "CPU threads; 0: all cores this process may use")
     compile: bool = knob(False, "torch.compile the model: slow first step, faster later ones")
+    shard: bool = knob(False, "under torchrun: each process keeps its part of the weights, gradients and optimiser (FSDP2) instead of all of them")
     checkpointing: bool = knob(False, "gradient checkpointing: recompute activations in the backward pass to save memory")
     seed: int = knob(0, "fixes initial weights, order of the data and samples")
     # what is seen on the way
@@ -206,7 +207,7 @@ def parse_flags(kind, argv, description):
     return vars(parser.parse_args(argv))
 
 
-KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch",
+KEPT_ON_RESUME = ("resume", "time_limit", "steps", "tokens", "epochs", "threads", "eval_every", "save_every", "dry_run", "show_batch", "shard",
                   "clip", "clip_weights")  # of the last two only the place: the encoder itself must be the same
 
 
@@ -245,6 +246,8 @@ def settle(given, stage_defaults=None):
         problems.append("--resume and --overwrite exclude each other: go on, or begin again")
     if cfg.resume and cfg.init:
         problems.append("--resume and --init exclude each other: a resumed run has its weights already")
+    if cfg.shard and cfg.compile:
+        problems.append("--shard and --compile exclude each other: the compiler does not see through the gathering of weights")
     if cfg.seq_len > model.max_position_embeddings:
         problems.append(f"--seq-len {cfg.seq_len}: the {cfg.preset or 'nano'} model is made for at most {model.max_position_embeddings} tokens")
     if cfg.warmup + cfg.decay > 1 and cfg.decay < 1:

@@ -29,7 +29,7 @@ class Device:
 def choose_device(name="auto", precision="auto", threads=0, group=Group()):
     """-> Device, one of those on this computer for each process of `group`. bf16 is used where it is measured (CPU) or known (CUDA) to be fast: a CPU may list AVX512-BF16 and still be slower with it."""
     if name == "auto":
-        name = f"cuda:{group.local}" if group.world > 1 and torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = f"cuda:{group.local}" if group.world > 1 and torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and group.world == 1 else "cpu"
         why = f"{name} (the best there is)"
     else:
         why = f"{name} (as asked)"
@@ -42,7 +42,7 @@ def choose_device(name="auto", precision="auto", threads=0, group=Group()):
     torch.set_num_threads(threads or max(1, cores // group.local_world))
     why += (f", process {group.rank} of {group.world}" if group.world > 1 else "") + f", {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # TF32 for what stays in fp32, unless fp32 is asked for
     if precision != "auto":
         return Device(device, torch.bfloat16 if precision == "bf16" else torch.float32, f"{why}, {precision} (as asked)")
     if device.type == "cuda":

@@ -46,6 +46,8 @@ def attention_mask(T, doc_ids, S, dtype, device):
 
 def attend(q, k, v, mask):
     """Grouped-query attention. q: (B, H, T, D), k and v: (B, K, S, D), mask as attention_mask returns it -> (B, H, T, D)."""
+    if mask is not None and q.device.type != "cpu" and q.size(1) != k.size(1):  # not every GPU kernel that takes a mask shares keys among queries,
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # and what is left then holds all T x S scores of each head
     causal = mask is None and q.size(2) > 1  # never a mask and is_causal together; a single query may see everything
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 

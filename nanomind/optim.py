@@ -6,6 +6,19 @@ Next: nanomind/checkpoint.py
 import torch
 
 
+def whole(tensor):
+    """A tensor of which each process holds a part (--shard) -> all of it; the processes ask together. Any other: itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(p, tensor):
+    """All of a tensor, on every process -> the part of it that belongs to this one's part of `p`."""
+    if not hasattr(p, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # None: nothing is sent
+
+
 def newton_schulz(G, steps=5):
     """Nearly orthogonalise each matrix of G (n, rows, columns): its singular values go to about 1 (0.7 to 1.2), its directions stay.
 
@@ -45,11 +58,11 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                    updates.append(whole(p.grad.lerp(state["momentum"], group["momentum"])))
                 updates = newton_schulz(torch.stack(updates).to(self.dtype)).float()
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_of(p, update), alpha=-group["lr"] * scale)
 
 
 class Optimizer:
@@ -98,7 +111,8 @@ class Optimizer:
         for key, value in tensors.items():
             name, slot = key.rsplit("/", 1)
             p = by_name[name]
-            owner[p].state[p][slot] = value.to("cpu" if slot == "step" and p.device.type == "cpu" else p.device)
+            value = value.to("cpu" if slot == "step" and p.device.type == "cpu" else p.device)
+            owner[p].state[p][slot] = value if slot == "step" else part_of(p, value)
 
 
 def schedule(begin, end, warmup, decay):
