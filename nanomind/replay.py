@@ -29,23 +29,21 @@ class CorpusEncoder:
         self.cutter = Cutter(tokenizer.known_pattern, tokenizer.split, seams)
         self.plan = plan(tokenizer.byte_ids, tokenizer.merges) if word.in_order and not word.ignore_merges else None
         self.id_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        self._forget()
-
-    def _forget(self):
-        self.table = WordTable()
-        self.ids, self.counts = np.zeros(0, self.id_type), np.zeros(0, np.int32)  # of all known words in a row, and how many each has
+        self.known = None
 
     def encode(self, texts):
-        if len(self.ids) > KNOWN:
-            self._forget()
+        known, self.known = self.known, None  # a call that is interrupted leaves nothing half done behind
+        if known is None or len(known[1]) > KNOWN:
+            known = WordTable(), np.zeros(0, self.id_type), np.zeros(0, np.int64)
+        table, ids, counts = known  # ids: of all known words in a row; counts: how many each has
         words, words_per_text = [], []
         for batch in batches(map(self.tokenizer.normalize, texts), whole=True):
             cut = self.cutter.cut(batch)
-            words.append(self.table.add(cut))
+            words.append(table.add(cut))
             words_per_text.append(np.diff(np.flatnonzero(cut.is_end), prepend=-1) - 1)
-        ids, counts = self._encode_words(*self.table.take_new())
-        ids, counts = np.concatenate([self.ids, ids.astype(self.id_type)]), np.concatenate([self.counts, counts.astype(np.int32)])
-        self.ids, self.counts = ids, counts
+        new_ids, new_counts = self._encode_words(*table.take_new())
+        ids, counts = np.concatenate([ids, new_ids.astype(self.id_type)]), np.concatenate([counts, new_counts])
+        self.known = table, ids, counts
         firsts = np.cumsum(counts) - counts
         out, before = [ids[:0]], [np.zeros(1, np.int64)]
         for part in words:  # from words back to text: copy the ids of each

@@ -110,6 +110,11 @@ def test_a_corpus_in_parts_gets_the_same_ids(ours, monkeypatch):
         monkeypatch.setattr("nanomind.replay.KNOWN", known)
         parts = [ours.encode_many(cases[i:i + 5])[0].tolist() for i in range(0, len(cases), 5)]
         assert sum(parts, []) == sum(expected, [])
+    monkeypatch.setattr("nanomind.replay.replay", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.encode_many(["new words, and an interrupted call"])
+    monkeypatch.undo()
+    assert ours.encode_many(["an interrupted call"])[0].tolist() == ours.encode("an interrupted call")
 
 
 @pytest.mark.parametrize("name", MODELS)
