@@ -112,8 +112,10 @@ def _encoded(batches, kind, folder, tokenizer, workers):
         encode = importlib.import_module(f"data_prep.{kind}").encode
         yield from ((split, encode(tokenizer, items)) for split, items in batches)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (kind, str(folder)))
     try:
+        for _ in range(workers):
+            pool.submit(int)  # starts a process now, which gets ready while the first batch is being read
         under_way = deque()
         for split, items in batches:
             under_way.append((split, pool.submit(_work, kind, str(folder), items)))
@@ -127,11 +129,12 @@ def _encoded(batches, kind, folder, tokenizer, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker():
-    """Ctrl-C is the parent's business; when the parent is gone, so is the worker."""
+def _start_worker(kind, folder):
+    """Get ready. Ctrl-C is the parent's business; when the parent is gone, so is the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _tools(kind, folder)[0].encode_many([])  # makes the corpus encoder
 
 
 def _work(kind, folder, items):

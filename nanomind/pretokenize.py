@@ -32,10 +32,10 @@ class Cut:
 
 
 class Cutter:
-    """cut(texts) -> Cut. `split` is only used where `pattern` is None: a pattern without a numpy version."""
+    """cut(texts) -> Cut. `split` is only used where `pattern` is None: a pattern without a numpy version. `seams`: where to cut words, too."""
 
-    def __init__(self, pattern, split=None):
-        self.pattern, self.split = pattern, split
+    def __init__(self, pattern, split=None, seams=None):
+        self.pattern, self.split, self.seams = pattern, split, seams
         self.classes = np.full(0x110000, 255, np.uint8)  # 255: not looked up yet; a corpus uses few of them
         self.classes[0xD800:0xE000] = OTHER
 
@@ -51,7 +51,10 @@ class Cutter:
         classes = self._classify(codes)
         ends = np.cumsum(np.fromiter((len(text) + 1 for text in texts), np.int64, len(texts))) - 1
         classes[ends] = END
-        starts = np.flatnonzero((gpt2_starts if self.pattern == "gpt2" else gpt4_starts)(codes, classes))
+        starts = (gpt2_starts if self.pattern == "gpt2" else gpt4_starts)(codes, classes)
+        if self.seams:
+            starts |= self.seams(codes)
+        starts = np.flatnonzero(starts)
         data = np.frombuffer(data, np.uint8)
         if len(data) == len(codes):
             bounds = np.append(starts, len(data))
@@ -237,6 +240,12 @@ class WordTable:
         pieces = self.pieces
         self.__init__()
         return pieces, lengths, counts
+
+    def take_new(self):
+        """(pieces, lengths) of the words that are new since the last time; the table knows them, but keeps their bytes no longer."""
+        new = self.pieces, np.concatenate([np.zeros(0, np.int32), *self.lengths])
+        self.pieces, self.lengths = [], []
+        return new
 
     def thin(self, level):
         """Make room: of the words seen less than RARE times keep those whose hash ends in `level` zero bits, and let each of them

@@ -7,6 +7,7 @@ the merges, and the tokens this makes put new positions into later buckets (neve
 is part of). So the cost is that of the merges that happen, not of the text times the merges.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,26 +16,34 @@ from nanomind.merges import SEPARATOR, count_byte_pairs, group_positions, positi
 from nanomind.pretokenize import Cutter, WordTable, batches
 
 GAP = -2  # in S where a separator stands
+KNOWN = 4_000_000  # ids remembered; when there are more, it starts anew
 
 
 class CorpusEncoder:
-    """encode(texts) -> (ids, starts) as Tokenizer.encode_many describes."""
+    """encode(texts) -> (ids, starts) as Tokenizer.encode_many describes. What was encoded once is remembered from call to call."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.cutter = Cutter(tokenizer.known_pattern, tokenizer.split)
         word = tokenizer.encode_word
+        seams = None if word.ignore_merges else Seams({tokenizer.token_bytes[new] for _, _, new in tokenizer.merges})
+        self.cutter = Cutter(tokenizer.known_pattern, tokenizer.split, seams)
         self.plan = plan(tokenizer.byte_ids, tokenizer.merges) if word.in_order and not word.ignore_merges else None
+        self.id_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.known = None
 
     def encode(self, texts):
-        table, words, words_per_text = WordTable(), [], []
+        known, self.known = self.known, None  # a call that is interrupted leaves nothing half done behind
+        if known is None or len(known[1]) > KNOWN:
+            known = WordTable(), np.zeros(0, self.id_type), np.zeros(0, np.int64)
+        table, ids, counts = known  # ids: of all known words in a row; counts: how many each has
+        words, words_per_text = [], []
         for batch in batches(map(self.tokenizer.normalize, texts), whole=True):
             cut = self.cutter.cut(batch)
             words.append(table.add(cut))
             words_per_text.append(np.diff(np.flatnonzero(cut.is_end), prepend=-1) - 1)
-        pieces, lengths, _ = table.words()
-        ids, counts = self._encode_words(pieces, lengths)
-        ids = ids.astype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        new_ids, new_counts = self._encode_words(*table.take_new())
+        ids, counts = np.concatenate([ids, new_ids.astype(self.id_type)]), np.concatenate([counts, new_counts])
+        self.known = table, ids, counts
         firsts = np.cumsum(counts) - counts
         out, before = [ids[:0]], [np.zeros(1, np.int64)]
         for part in words:  # from words back to text: copy the ids of each
@@ -61,6 +70,40 @@ class CorpusEncoder:
         S = replay(flat, self.plan, live)
         tokens = np.flatnonzero(live)
         return S.take(tokens), np.diff(np.searchsorted(tokens, gaps), prepend=0)
+
+
+class Seams:
+    """seams(codes) -> which characters no token joins to the one before them. Chinese comes in clauses that are long and all different; cut at
+    the seams they become short pieces that repeat, and a word's encoding is that of its pieces in a row: no merge goes across.
+
+    Two characters are looked up by a hash. Where it meets that of others, a seam is missed and nothing is lost."""
+
+    def __init__(self, tokens):
+        pairs, self.follows = set(), np.zeros(0x110000, bool)  # follows: may stand behind, or begin with, a part of a character
+        for text in (token.decode("utf-8", "surrogateescape") for token in tokens):  # bytes of a part: U+DC80 ..
+            for i, (left, right) in enumerate(zip(text, text[1:]), 1):
+                if not "\udc80" <= right <= "\udcff":
+                    pairs.add((ord(left), ord(right)))
+                    self.follows[ord(right)] |= "\udc80" <= left <= "\udcff"
+                elif right >= "\udcc0":  # the token ends in the first bytes of a character: which can it be?
+                    part = text[i:].encode("utf-8", "surrogateescape")
+                    size = 2 if part[0] < 0xE0 else 3 if part[0] < 0xF0 else 4
+                    low, high = (part + byte * (size - len(part)) for byte in (b"\x80", b"\xbf"))
+                    low, high = (functools.reduce(lambda code, byte: code << 6 | byte & 0x3F, data[1:], data[0] & 0x7F >> size) for data in (low, high))
+                    self.follows[low:high + 1] = True
+        self.joined = np.zeros(1 << max(20, (8 * len(pairs)).bit_length()), bool)
+        left, right = np.array([*pairs, (0, 0)], np.uint32).T
+        self.joined[self._slots(left, right)] = True
+
+    def __call__(self, codes):
+        seams = np.zeros(len(codes), bool)
+        seams[1:] = ~self.joined[self._slots(codes[:-1], codes[1:])]
+        seams &= ~self.follows[codes]
+        return seams
+
+    def _slots(self, left, right):
+        mixed = left * np.uint32(0x9E3779B1) ^ right * np.uint32(0x85EBCA6B)
+        return mixed >> np.uint32(33 - len(self.joined).bit_length())
 
 
 @dataclass

@@ -78,6 +78,45 @@ def test_ids_equal_the_reference_and_nothing_is_lost(reference, ours, text):
     assert ours.encode_many([text])[0].tolist() == ids
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_words_cut_at_seams_are_encoded_as_whole_words(seed):
+    """The corpus encoder cuts words where no token joins two characters. Tokens may also end or begin in the middle of a character, which
+    trainers seldom do: here the merges are drawn at random, so that most do."""
+    draw = random.Random(seed)
+    alphabet = draw.sample("aé߿а天地的，😀👩􏿿", 5)
+    cases = ["".join(draw.choices(alphabet, k=draw.randint(1, 9))) for _ in range(60)]
+    rows, merges = [[bytes([byte]) for byte in text.encode()] for text in cases[:30]], []
+    for _ in range(draw.choice([5, 30, 90])):
+        left, right = draw.choice([pair for row in rows for pair in zip(row, row[1:])] or [(None, None)])
+        if left and left + right not in [a + b for a, b in merges]:
+            merges.append((left, right))
+            for row in rows:
+                i = 0
+                while i + 1 < len(row):
+                    row[i:i + 2] = [left + right] if (row[i], row[i + 1]) == (left, right) else row[i:i + 2]
+                    i += 1
+    tokenizer = new(merges, SPECIALS, "gpt2")
+    ids, starts = tokenizer.encode_many(cases)
+    reference = Reference.from_str(json.dumps(tokenizer.spec))
+    assert [row.tolist() for row in np.split(ids, starts[1:])] == [reference.encode(text).ids for text in cases]
+    assert tokenizer.encode_many(cases[::-1])[0].tolist() == sum((reference.encode(text).ids for text in cases[::-1]), [])  # now from memory
+
+
+def test_a_corpus_in_parts_gets_the_same_ids(ours, monkeypatch):
+    """What the corpus encoder remembers from earlier calls, and that it forgets it when there is too much of it, changes nothing."""
+    cases = [*TRICKY, *sentences(60)]
+    expected = [ours.encode(text) for text in cases]
+    for known in (0, 300, 10**9):
+        monkeypatch.setattr("nanomind.replay.KNOWN", known)
+        parts = [ours.encode_many(cases[i:i + 5])[0].tolist() for i in range(0, len(cases), 5)]
+        assert sum(parts, []) == sum(expected, [])
+    monkeypatch.setattr("nanomind.replay.replay", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.encode_many(["new words, and an interrupted call"])
+    monkeypatch.undo()
+    assert ours.encode_many(["an interrupted call"])[0].tolist() == ours.encode("an interrupted call")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("specials", [False, True])
 def test_other_models_files_encode_identically(name, specials):

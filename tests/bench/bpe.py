@@ -1,5 +1,6 @@
 """Measures the tokenizer trainer and the encoders against Hugging Face `tokenizers`, gigabpe and tiktoken, on the same texts.
-In: .jsonl files of {"text"}, Chinese first. Out: a table of seconds (medians), peak memory and whether the merges are the same.
+In: .jsonl files of {"text"}, Chinese first. Out: a table of seconds (medians), peak memory and whether the merges are the same;
+folder1, folder2: a data folder by data_prep with one and with two worker processes.
 
     python tests/bench/bpe.py ZH.jsonl.xz EN.jsonl.xz [--sizes 5 20 75] [--zh 57] [--grow 300 1000] [--runs 3] [--memory 2]
 
@@ -8,8 +9,10 @@ corpora: Chinese clauses are cut in two and joined anew at random, so that the n
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import random
@@ -112,6 +115,8 @@ def compare(corpus, args):
         kinds += ["gigabpe"]
     if "mixed" in base or "zh" in base:
         kinds += ["encode", "encode-hf"] + ["encode-tiktoken"] * bool(importlib.util.find_spec("tiktoken"))
+        if size > 1.5e7:
+            kinds += ["folder1", "folder2"]
     if base.endswith("mixed5"):
         kinds += ["online"]
     if args.memory and "grown" in base:
@@ -138,6 +143,8 @@ def compare(corpus, args):
             for other in ("encode-hf", "encode-tiktoken"):
                 if kind == "encode" and other in median:
                     line += f"  {median[other] / median[kind]:.2f} x {other}"
+            if kind == "folder2" and "folder1" in median:
+                line += f"  {median['folder1'] / median[kind]:.2f} x folder1"
         print(line + "".join(f"  {key} {value}" for key, value in rows[-1].items() if key not in ("seconds", "peak", "before")), flush=True)
 
 
@@ -155,6 +162,7 @@ def work(kind, base, memory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     import bpe
+    from data_prep.common import prepare
     from nanomind import tokenizer_json
     from nanomind.tokenizer import Tokenizer as Ours
     saved, extra = Path(f"{base}.{kind}"), {}
@@ -188,6 +196,9 @@ def work(kind, base, memory):
     elif kind == "gigabpe":
         import gigabpe
         gigabpe.train_tokenizer([f"{base}.txt"], vocab_size=VOCAB, output=str(saved), pretokenizer="bytelevel", special_tokens=SPECIALS, threads=1)
+    elif kind.startswith("folder"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare("text", [f"{base}.jsonl"], f"{base}.ours", saved, workers=int(kind[-1]), overwrite=True)
     elif kind == "encode":
         ids = ours.encode_many(texts)[0]
     elif kind == "encode-hf":
