@@ -7,11 +7,10 @@ Next: nanomind/images.py
     python bpe.py show DIR [TEXT]
 """
 
-import argparse
 import os
 from pathlib import Path
 
-from nanomind.cli import run
+from nanomind.cli import Parser, run
 
 GB = 1e9
 BASE_MEMORY, WORD_MEMORY, BYTE_MEMORY = 0.2 * GB, 60, 11  # measured peak: interpreter, per different word, per byte of these
@@ -25,7 +24,7 @@ CHAT = [{"role": "system", "content": "你是一个乐于助人的助手。"}, {
 
 
 def main():
-    parser = argparse.ArgumentParser(description="learn a byte-level BPE tokenizer, or look at one")
+    parser = Parser(description="learn a byte-level BPE tokenizer, or look at one", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     learn = commands.add_parser("train", help="learn a tokenizer from text files")
     learn.add_argument("files", nargs="+", metavar="FILES", help=".txt .jsonl .json, also .gz .xz, or folders of these")

@@ -3,18 +3,17 @@ In: a checkpoint folder, ours or any Llama or Qwen3 with a byte-level BPE tokeni
 Next: tests/
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from nanomind.cli import run
+from nanomind.cli import Parser, run
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def flags(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--run", default="", help="name of the run (default: the one saved last)")
     parser.add_argument("--stage", default="", help="stage of the run (default: the one saved last)")
     parser.add_argument("--phase", default="", choices=("1", "2"), help="with --stage vlm: the checkpoint of which phase (default: 2)")

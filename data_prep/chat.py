@@ -62,7 +62,7 @@ def recognised(reader, formats):
         else:
             expected = {name: formats[name]} if name else formats
             expected = "; ".join(f"{shape(dict.fromkeys(fields, [dict.fromkeys(inner)]))} ({each})" for each, (fields, inner) in expected.items())
-            reader.reject(where, f"fields found: {shape(record) or 'none'}; expected {expected}")
+            reader.reject(where, f"fields found: {shape(record) or 'none'}", f"; expected {expected}")
 
 
 def fits(record, fields, of_message):

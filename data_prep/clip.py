@@ -7,7 +7,6 @@ The contrastive loss (InfoNCE, arXiv:2103.00020) is taken on the average of a ra
 learns to know about the whole picture, and a language model need not find the one that does. Used as ever, it is an open_clip model.
 """
 
-import argparse
 import hashlib
 import json
 import shlex
@@ -18,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from nanomind.cli import keep_memory, run
+from nanomind.cli import Parser, keep_memory, run
 
 DATA_NAMES = "pictures as .jsonl or .json records with image and caption, text or conversations; or demo: drawn scenes without end"
 SAVE_EVERY = 100  # steps
@@ -26,7 +25,7 @@ SIGNATURE = 500  # pictures of the data that its hash is made of
 
 
 def parse_flags():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.clip", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m data_prep.clip", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=DATA_NAMES)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--val", nargs="+", default=[], metavar="FILE", help="records to report on; without them 5 %% of the pictures are kept out")

@@ -6,7 +6,6 @@ Each kind of data is a module with two functions, everything else happens here:
 Next: data_prep/text.py
 """
 
-import argparse
 import functools
 import hashlib
 import importlib
@@ -20,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from nanomind.cli import Parser
 from nanomind.records import Reader, find_files
 
 VAL_SHARE = 0.01
@@ -36,7 +36,7 @@ def fingerprint(paths, *more):
 
 def command(kind, description):
     """The command line of data_prep.<kind>."""
-    parser = argparse.ArgumentParser(prog=f"python -m data_prep.{kind}", description=description)
+    parser = Parser(prog=f"python -m data_prep.{kind}", description=description, allow_abbrev=False)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt .jsonl .json files (also .gz .xz) or folders with such files")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json, made by bpe.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to make, for example data/x")

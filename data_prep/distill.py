@@ -4,7 +4,6 @@ conversations that end with the teacher's own answer, for --stage sft. Answers t
 Next: nanomind/stages.py
 """
 
-import argparse
 import json
 import os
 from collections import Counter
@@ -12,12 +11,12 @@ from pathlib import Path
 
 from data_prep.chat import FORMATS, checked, recognised, to_messages
 from data_prep.common import fingerprint
-from nanomind.cli import keep_memory, run
+from nanomind.cli import Parser, keep_memory, run
 from nanomind.records import Reader, find_files
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.distill", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m data_prep.distill", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher", required=True, metavar="FOLDER", help="checkpoint folder that answers")
     parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="conversations (their last answer is replaced) or {\"prompt\": text}")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write; an unfinished one is gone on with")

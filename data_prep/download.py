@@ -4,14 +4,13 @@ the hub's; what broke off goes on where it stopped, and nothing unfinished or wr
 Next: data_prep/demo/world.py
 """
 
-import argparse
 import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
 
-from nanomind.cli import run
+from nanomind.cli import Parser, run
 
 HUB, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 WORDS, PICTURES = "minimind_dataset", "minimind-v_dataset"  # of jingyaogong on Hugging Face, of gongjy on ModelScope
@@ -35,7 +34,7 @@ NEXT = {  # stage: what to type then
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.download", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m data_prep.download", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets to fetch (default: list them)")
     parser.add_argument("--out", default="data/raw", metavar="DIR", help="folder for the files (default: data/raw)")
     parser.add_argument("--endpoint", default=os.environ.get("HF_ENDPOINT") or HUB, metavar="URL", help=f"another hub, for example {MIRROR} (default: $HF_ENDPOINT, else {HUB})")

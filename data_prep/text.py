@@ -6,10 +6,24 @@ Next: data_prep/chat.py
 
 from data_prep.common import command
 from nanomind.cli import run
+from nanomind.records import text_of
 
 
 def items(reader):
-    for _, text in reader.texts():
+    said = set()
+    for where, record in reader:
+        file = where.rpartition(":")[0]
+        if "rejected" in record and "text" not in record:
+            reader.reject(where, "a preference pair, half of which is a bad answer", "; it is data for --stage dpo")
+            continue
+        try:
+            text = text_of(record)
+        except ValueError as problem:
+            reader.reject(where, str(problem))
+            continue
+        if "text" not in record and file not in said:  # welcome as text, but whoever meant to teach answering should know
+            print(f"{file}: conversations, read as plain text without roles; to learn to answer from them: --stage sft")
+            said.add(file)
         yield text, text, len(text)
 
 

@@ -3,7 +3,10 @@ In: a function without arguments that may raise ValueError or OSError. Out: the 
 Next: nanomind/config.py
 """
 
+import argparse
+import difflib
 import os
+import re
 import sys
 import traceback
 
@@ -17,6 +20,25 @@ def keep_memory(command=None):
     """Start this command again with the allocator's settings above (Linux only; once). command: what to run when it is not a script."""
     if sys.platform == "linux" and not set(ALLOCATOR) & set(os.environ):
         os.execve(sys.executable, [sys.executable, *(command + sys.argv[1:] if command else sys.argv)], {**os.environ, **ALLOCATOR})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line instead of a page of usage, and a mistyped flag is named together with the one that was meant."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else list(args)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"what is {' '.join(rest)}?")
+        return found, rest
+
+    def error(self, message):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word.split("=")[0] for word in self.words if re.match("--[a-z]", word) and word.split("=")[0] not in known]
+        if wrong and not self._subparsers:  # said first: a mistyped --out is also a missing --out
+            near = {flag: difflib.get_close_matches(flag, known, 1) for flag in wrong}
+            message = "there is no " + ", ".join(flag + (f" (perhaps {near[flag][0]})" if near[flag] else "") for flag in wrong)
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
 
 
 def run(main):

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from nanomind.cli import Parser
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -194,8 +196,7 @@ class TrainConfig:
 
 def parse_flags(kind, argv, description):
     """Command line -> dict of the flags that were given, by field name. Unknown flags are refused, all at once."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(kind):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool or f.type == "bool":

@@ -106,7 +106,8 @@ class PackedTokens:
             self.places = self.rows * seq_len
             self.used = len(split.tokens) - 1
         if self.rows < 1:
-            raise ValueError(f"{name}: nothing to train on: {len(split.tokens)} tokens, left out {self.left_out or 'nothing'}")
+            left = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
+            raise ValueError(f"{name}: nothing to train on: {len(split.tokens):,} tokens, left out {left or 'nothing'}" + "; raise --seq-len" * ("longer" in left))
 
     def _pack(self, name):
         """Choose the documents that can be used and put them into rows; what is left out is counted by reason."""

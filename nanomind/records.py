@@ -23,6 +23,7 @@ SEPARATOR = "<|endoftext|>"  # ... or where this stands
 LONGEST = 64_000_000  # bytes of one line or record: what is longer is no text, and must not fill the memory
 CHUNK = 1_000_000  # characters of a JSON list looked at in one go
 NOT_UTF8 = ("not UTF-8", "; if the file is GBK: iconv -f GB18030 -t UTF-8 FILE > NEW")
+NUL = ("a NUL byte, so this is no text", "; if the file is UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW")
 SHOWN = 5  # bad records printed one by one, and reasons given; all are counted
 FIELDS = ("conversations", "messages", "prompt", "chosen", "rejected", "instruction", "input", "output")  # with text, besides "text"
 
@@ -67,6 +68,7 @@ class Reader:
         self.seen = 0  # records, good and bad
         self.reasons = Counter()  # reason -> how many were skipped for it
         self.first = {}  # file -> its first bad record
+        self.told = set()  # (reason, detail) of those printed
 
     @property
     def bad(self):
@@ -77,7 +79,8 @@ class Reader:
         message = f"{where}: {reason}{detail}"
         self.first.setdefault(where.rpartition(":")[0], message)
         if self.bad < SHOWN:
-            print(f"skipped {message}", file=sys.stderr)
+            print(f"skipped {where}: {reason}{'' if (reason, detail) in self.told else detail}", file=sys.stderr)
+            self.told.add((reason, detail))
         self.reasons[reason] += 1
 
     def explain(self):
@@ -148,14 +151,14 @@ def _lines(file):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8") if whole else (f"a line longer than {LONGEST:,} bytes",)
         except UnicodeDecodeError:
-            yield number, NOT_UTF8
+            yield number, NUL if b"\0" in line + file.peek(1)[:512] else NOT_UTF8  # a picture may begin with lines that have none
 
 
 def _text_documents(file):
     parts, size, first = [], 0, 1  # of the document under way; `first` is its first line that is not blank
     for number, line in _lines(file):
         if not isinstance(line, str) or "\0" in line:
-            yield number, ("a NUL byte, so this is no text file",) if isinstance(line, str) else line
+            yield number, NUL if isinstance(line, str) else line
             continue
         pieces = line.replace("\r\n", "\n").split(SEPARATOR)
         for i, part in enumerate(pieces):

@@ -168,6 +168,8 @@ def find_data(cfg, stage, run_folder):
         folder = bins.open_folder(prepared(cfg))
         if cfg.tokenizer and Tokenizer.load(cfg.tokenizer).hash != folder.tokenizer.hash:
             raise ValueError(f"--tokenizer {cfg.tokenizer}: {cfg.data} was made with another one, which it holds: leave out --tokenizer")
+        if cfg.vocab_size not in (TrainConfig.vocab_size, folder.tokenizer.vocab_size):
+            raise ValueError(f"--vocab-size {cfg.vocab_size}: {cfg.data} holds its tokenizer already, of {folder.tokenizer.vocab_size:,}: leave out --vocab-size")
         return folder
     paths = raw_files(cfg, stage, run_folder)
     val = find_files(parts(cfg.val)) if cfg.val else [] if cfg.data else [file for file in [paths[0].with_name("val.jsonl")] if file.is_file()]
@@ -284,6 +286,8 @@ def datasets(cfg, folder, stage, encoder=None, machine=None):
     """-> (training rows, validation rows or None when the folder has none). With an encoder they bring the features of their pictures."""
     if folder.meta["kind"] != stage.kind:
         raise ValueError(f"{folder.path}: a data folder of {folder.meta['kind']}, --stage {cfg.stage} needs one made by python -m data_prep.{stage.kind}")
+    if encoder and not len(folder.train.refs):
+        raise ValueError(f"{folder.path}: no record of this data has a picture, and --stage {cfg.stage} learns to see; conversations alone are for --stage sft")
     made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.chat, 2 if stage.kind == "pairs" else 1, name,
                          Features(split, folder.path, name, encoder, machine, cfg.feature_budget * 1e9) if encoder else None)
             if len(split.tokens) > 1 else None for name, split in (("train", folder.train), ("val", folder.val))]

@@ -4,16 +4,15 @@ DIR/dpo.jsonl with pairs for data_prep.pairs, one object a line; `exam --out DIR
 Next: nanomind/data.py
 """
 
-import argparse
 from pathlib import Path
 
 from data_prep.demo import write
 from data_prep.demo.exam import write_exam
-from nanomind.cli import run
+from nanomind.cli import Parser, run
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.demo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m data_prep.demo", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", nargs="?", default="world", choices=("world", "exam"), help="training files (default), or the exams about it")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (made when missing)")
     parser.add_argument("--seed", type=int, default=0, help="another seed mixes the same world differently (default: 0)")

@@ -5,7 +5,6 @@ Val and exam show only combinations of thing, colour and position that training 
 Next: data_prep/demo/__init__.py
 """
 
-import argparse
 import functools
 import json
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.demo.pretrain import Dice, capital
-from nanomind.cli import run
+from nanomind.cli import Parser, run
 from nanomind.tokenizer import write_whole
 
 SIZE = 96  # pixels of a side; a picture is three columns or three rows of 32
@@ -278,7 +277,7 @@ def write_scenes(out, seed=0, train=8000, val=400, groups=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.demo.scenes", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m data_prep.demo.scenes", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, metavar="DIR", help="the pictures and texts go to DIR/scenes/")
     parser.add_argument("--seed", type=int, default=0, help="another seed imagines other scenes (default: 0)")
     parser.add_argument("--train", type=int, default=8000, metavar="N", help="pictures to train on (default: 8000)")
