@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "docs/README.zh.md").read_text(encoding="utf-8")
 ALLOWED = {"torch", "numpy", "PIL", "tqdm", "regex", "safetensors", "open_clip", "huggingface_hub"}
 
 
@@ -18,9 +19,9 @@ def product_files():
                   if path.stat().st_size)
 
 
-def reading_order():
+def reading_order(readme=README, title="## Reading order"):
     """The files of the README's table, in its order."""
-    table = README[README.index("## Reading order"):]
+    table = readme[readme.index(title):]
     return [name for line in table.splitlines() if line.startswith("| ") for name in re.findall(r"`([\w/]+\.py)`", line.split("|")[1])]
 
 
@@ -74,10 +75,22 @@ def test_the_loop_knows_no_stage():
     assert not [text for text in texts for stage in STAGES if re.search(rf"\b{stage}\b", text)]
 
 
+def bash_blocks(readme):
+    return re.findall(r"```bash\n(.*?)```", readme, re.S)
+
+
+def test_the_translation_has_kept_up():
+    """A translation is forgotten first: it shows the same commands in the same order, the same files to read and the other's address."""
+    assert bash_blocks(CHINESE) == bash_blocks(README)
+    assert reading_order(CHINESE, "## 阅读顺序") == reading_order()
+    assert "(docs/README.zh.md)" in README and "(../README.md)" in CHINESE
+
+
 def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    return [part.strip() for block in blocks for line in block.splitlines() for part in re.split(r"&&|\|", line.split("  #")[0])
-            if part.strip().startswith(("python train.py", "python sample.py", "python bpe.py", "python -m data_prep"))]
+    """Of both READMEs, each once."""
+    parts = [part.strip() for block in bash_blocks(README) + bash_blocks(CHINESE) for line in block.splitlines()
+             for part in re.split(r"&&|\|", line.split("  #")[0])]
+    return [part for part in dict.fromkeys(parts) if part.startswith(("python train.py", "python sample.py", "python bpe.py", "python -m data_prep"))]
 
 
 @pytest.mark.parametrize("command", commands())
