@@ -84,6 +84,10 @@ def ours(args, folder, flags, start):
     rows = PackedTokens(folder.train, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed)
     machine = device.choose_device("cpu", cfg.precision, cfg.threads)
     model = (Causal if args.causal else LanguageModel)(shape, cfg.checkpointing).init_weights(cfg.seed).train()
+    for part, factor in (text.split("=") for text in args.scale):
+        for name, p in model.named_parameters():
+            if part in name:
+                p.data.mul_(float(factor))
     runner, clock = torch.compile(model) if cfg.compile else model, start(model, cfg.seq_len)
     trainer = train.Trainer(cfg, stages.STAGES["pretrain"], NextToken(), machine, folder.tokenizer, model, runner, optim.Optimizer(model, cfg, machine.dtype), rows, None,
                             Path("."), {"step": 0, "tokens": 0, "seconds": 0.0}, checkpoint.Log(Path(tempfile.mkdtemp()) / "log.jsonl"), time.monotonic())
@@ -92,7 +96,7 @@ def ours(args, folder, flags, start):
         trainer.take_step(share)
         before, share = share, clock.tick(count, count)
         trainer.step_share = (share or 1.0) - before
-    return {"machine": machine.reasons, "given": given}
+    return {"machine": machine.reasons, "given": given, "scale": args.scale, "causal": args.causal}
 
 
 def minimind(args, folder, flags, start):
@@ -290,6 +294,7 @@ def main():
     parser.add_argument("--groups", type=int, default=12, help="of 32 documents in a row, for the measurement at the end")
     parser.add_argument("--bare", action="store_true", help="leave the allocator as it is")
     parser.add_argument("--causal", action="store_true", help="ours without the document mask")
+    parser.add_argument("--scale", nargs="*", default=[], metavar="PART=FACTOR", help="ours: initial weights whose names hold PART times FACTOR")
     parser.add_argument("--checkout", default="", help="of the peer")
     parser.add_argument("--batch", type=int, default=8, help="rows in a step of the peer")
     parser.add_argument("--block", type=int, default=0, help="tokens in a row of the peer; default: 340 MiniMind, 256 nanoGPT")
