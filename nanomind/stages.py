@@ -102,9 +102,9 @@ def rows(given):
 
 
 def defaults(given):
-    """Of TrainConfig, over those of the preset: the stage's own, and on the built-in world those that suit it."""
+    """Of TrainConfig, over those of the preset: the stage's own, and on the built-in world, unless a --preset is asked for, those that suit it."""
     stage = STAGES[given.get("stage", TrainConfig.stage)]
-    return stage.defaults if given.get("data") else {**stage.defaults, **stage.demo}
+    return stage.defaults if given.get("data") or given.get("preset") else {**stage.defaults, **stage.demo}
 
 
 def check_flags(given, name):
