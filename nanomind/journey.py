@@ -71,7 +71,8 @@ def plans(rows, place, train):
     for row in rows:
         print(f"\n{row['stage']}")
         before = stages.STAGES[row["stage"]].starts_from
-        train({**row, **({"preset": preset} if before and not any((place / name / "model.safetensors").is_file() for name in before) else {})})
+        missing = before and not any((place / name / "model.safetensors").is_file() for name in before)
+        train({**stages.defaults(row), **row, "preset": preset} if missing else row)
     return 0
 
 
