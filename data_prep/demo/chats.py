@@ -194,7 +194,7 @@ def write_sft(out, seed=0, exposures=20):
     return write_lines(out, "sft.jsonl", ({"conversations": each} for each in conversations(seed, exposures)))
 
 
-def prompts(seed=0, times=4):
+def prompts(seed=0, times=6):
     """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
     read. Every fact is asked about `times` times in each language (what kind of thing something is: a quarter of that)."""
     dice, found = Dice(f"prompts {seed}"), []
