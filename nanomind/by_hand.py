@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 
 def by_hand(x):
-    """Are these passes the right ones for x? On a GPU the fused kernels are; without gradients the plain lines do no work in vain."""
-    return x.device.type == "cpu" and torch.is_grad_enabled()
+    """Are these passes the right ones for x, (B, T, ...)? On a GPU the fused kernels are, for the one token of a decoding step the plain lines.
+    With or without gradients: what a model is compared with (a teacher, a DPO reference) must have been rounded in the same places."""
+    return x.device.type == "cpu" and x.size(1) > 1
 
 
 def product_dtype(x):
@@ -113,14 +114,14 @@ class AttentionFunction(torch.autograd.Function):
             p = scores.add_(mask[:, :, first:end, None, :end]).softmax(-1).view(B * K, -1, end)  # computed in fp32 inside, whatever the dtype
             out[:, first:end] = torch.bmm(p, v[:, :end]).view(B, K, -1, G, D).transpose(1, 2)
             kept.append(p)
-        ctx.save_for_backward(joined, q_weight, k_weight, cos, sin, scale, q, k, v, *kept)
+        ctx.save_for_backward(None if scale is None else joined, q_weight, k_weight, cos, sin, scale, q, k, v, *kept)
         ctx.heads = H, K
         return out.view(B, T, H * D)
 
     @staticmethod
     def backward(ctx, grad):
         joined, q_weight, k_weight, cos, sin, scale, q, k, v, *kept = ctx.saved_tensors
-        (B, T, _), (H, K), D = joined.shape, ctx.heads, q.size(2)
+        (B, T, _), (H, K), D = grad.shape, ctx.heads, q.size(2)
         G = H // K
         g = grad.view(B, T, K, G, D).transpose(1, 2).reshape(B * K, T * G, D)
         grad_h, grad_k, grad_v = torch.empty(B, T, H + K, D, device=grad.device), None, None
@@ -147,7 +148,7 @@ class AttentionFunction(torch.autograd.Function):
             grad_q_weight, grad_k_weight = of_heads[:H].sum(0) * D**-0.5, of_heads[H:].sum(0)
             inner = product.mul_(factor).sum(-1, keepdim=True).mul_(scale.square()).div_(D)
             grad_h.mul_(factor).addcmul_(h, inner, value=-1)
-        result = torch.empty_like(joined)
+        result = torch.empty(B, T, (H + 2 * K) * D, dtype=grad.dtype, device=grad.device)
         result[..., :(H + K) * D] = grad_h.flatten(2)
         result[..., (H + K) * D:].unflatten(-1, (K, D)).copy_(grad_v.view(B, K, T, D).transpose(1, 2))
         return result, grad_q_weight, grad_k_weight, None, None, None, None, None, None

@@ -125,7 +125,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
-        if by_hand(x) and mask is not None and cache is None:
+        if self.fused is None and mask is not None and cache is None and by_hand(x):
             joined = Products.apply(x, *(projection.weight for projection in projections))
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else (None, None, 0.0)
             return self.o_proj(AttentionFunction.apply(joined, *norms, *rope, mask, *self.heads))

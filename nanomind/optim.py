@@ -52,14 +52,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                updates = []
-                for p in params:
+                updates = torch.empty(len(params), *shape, dtype=self.dtype, device=params[0].device)
+                for p, update in zip(params, updates):
                     state = self.state[p]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(whole(p.grad.lerp(state["momentum"], group["momentum"])))
-                updates = newton_schulz(torch.stack(updates).to(self.dtype)).float()
+                    update.copy_(whole(p.grad.lerp(state["momentum"], group["momentum"])))
+                updates = newton_schulz(updates).float()
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_of(p, update), alpha=-group["lr"] * scale)

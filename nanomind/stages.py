@@ -65,9 +65,9 @@ STAGES = {
                      demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.2),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 2e-4}, minutes=0.8),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.0),
+    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
-                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.4),
+                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
@@ -190,18 +190,18 @@ def raw_files(cfg, stage, run_folder):
     if not (folder / stage.builtin).is_file():
         demo.write(folder, files=(stage.builtin,))
     if "teacher" in stage.flags:  # of the built-in world it has the questions: the teacher answers
-        return [answered(teacher_folder(cfg), folder, cfg)]
+        return [answered(teacher_folder(cfg), folder / stage.builtin, cfg)]
     known = [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
-    return [folder / stage.builtin, *(answered(path, folder, cfg) for path in known[:1])]
+    return [folder / stage.builtin, *(answered(path, folder / "replay.jsonl", cfg) for path in known[:1])]
 
 
-def answered(model_folder, folder, cfg):
-    """The file with a model's own answers to the questions about the whole built-in world, written when it is not there yet."""
-    if not (folder / "prompts.jsonl").is_file():
-        demo.write(folder, files=("prompts.jsonl",))
-    answers = folder / f"answers-{fingerprint([model_folder / 'model.safetensors'])}.jsonl"
+def answered(model_folder, prompts, cfg):
+    """The file with a model's own answers to questions about the whole built-in world (a file of it), written when it is not there yet."""
+    if not prompts.is_file():
+        demo.write(prompts.parent, files=(prompts.name,))
+    answers = prompts.with_name(f"answers-{fingerprint([model_folder / 'model.safetensors', prompts])}.jsonl")
     if not answers.is_file():
-        write_answers(model_folder, [folder / "prompts.jsonl"], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
+        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
     return answers
 
 

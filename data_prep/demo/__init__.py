@@ -8,7 +8,7 @@ from data_prep.demo.preferences import write_dpo
 from data_prep.demo.pretrain import write_pretrain
 from data_prep.demo.scenes import write_scenes
 
-FILES = ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "dpo.jsonl", "scenes/train.jsonl")
+FILES = ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "dpo.jsonl", "replay.jsonl", "scenes/train.jsonl")
 
 
 def write(out, seed=0, exposures=140, asked=25, mixed=40, files=FILES):
@@ -16,5 +16,5 @@ def write(out, seed=0, exposures=140, asked=25, mixed=40, files=FILES):
     each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted."""
     writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),
                "sft.jsonl": lambda: write_sft(out, seed, asked), "prompts.jsonl": lambda: write_prompts(out, seed), "dpo.jsonl": lambda: write_dpo(out, seed),
-               "scenes/train.jsonl": lambda: write_scenes(out, seed)[0]}
+               "replay.jsonl": lambda: write_prompts(out, f"{seed} replay", 3, "replay.jsonl"), "scenes/train.jsonl": lambda: write_scenes(out, seed)[0]}
     return [writers[file]() for file in files]

@@ -213,9 +213,9 @@ def prompts(seed=0, times=6):
     return dice.shuffled(found)
 
 
-def write_prompts(out, seed=0):
-    """Write OUT/prompts.jsonl (complete or not at all) and return its path."""
-    return write_lines(out, "prompts.jsonl", ({"prompt": question} for question in prompts(seed)))
+def write_prompts(out, seed=0, times=6, name="prompts.jsonl"):
+    """Write OUT/NAME (complete or not at all) and return its path."""
+    return write_lines(out, name, ({"prompt": question} for question in prompts(seed, times)))
 
 
 def as_documents(seed=0, exposures=20):
