@@ -322,7 +322,7 @@ class Trainer:
         if self.group.rank and not self.cfg.shard:
             return
         self.state["seconds"], self.state["peak_mb"] = self.seconds(), self.peak()
-        checkpoint.save(self.folder, self.model, self.optimizer, self.state, writes=not self.group.rank)
+        checkpoint.save(self.folder, self.model, self.optimizer, self.state, not self.group.rank)
 
 
 if __name__ == "__main__":

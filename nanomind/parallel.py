@@ -51,7 +51,7 @@ class Group:
         try:
             yield
         except RuntimeError as problem:
-            if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):  # a full memory, say, is something else
+            if self.world == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):  # a full memory, say, is something else
                 raise
             raise ValueError(f"process {self.rank} of {self.world}: another process of this run has ended ({str(problem).splitlines()[0].split('] ')[-1][:80]}); "
                              "the last save is whole, go on from it with --resume") from None
