@@ -163,14 +163,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # computes in fp32 inside; one call, when one token is all there is
 
 
-def fuse(*projections):
-    """One (sum of rows, C) tensor of several projections' weights, which become views of it."""
-    joined = torch.cat([projection.weight.detach() for projection in projections])
-    for projection, part in zip(projections, joined.split([projection.out_features for projection in projections])):
-        projection.weight = nn.Parameter(part, requires_grad=False)
-    return joined
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -182,20 +174,11 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm, self.fused = config.qk_norm, None
-
-    def fuse(self):
-        """For writing: one product gives q, k and v. The three weights become views of one, so nothing is held twice."""
-        self.fused = fuse(self.q_proj, self.k_proj, self.v_proj)
+        self.qk_norm = config.qk_norm
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
-        projections = self.q_proj, self.k_proj, self.v_proj
-        if self.fused is None:
-            q, k, v = (projection(x) for projection in projections)
-        else:
-            q, k, v = F.linear(x, self.fused).split([projection.out_features for projection in projections], dim=-1)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        q, k, v = (projection(x).view(B, T, -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -227,15 +210,8 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused = None
-
-    def fuse(self):
-        self.fused = fuse(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        if self.fused is not None:
-            gate, up = F.linear(x, self.fused).chunk(2, dim=-1)
-            return self.down_proj(F.silu(gate) * up)
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -257,7 +233,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not nn.Embedding(V, C): its random numbers are overwritten by init_weights or a checkpoint, and on the meta device they take torch a second of imports
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -268,6 +245,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config, checkpointing=False):
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
+        self.step = None  # a faster way to write one token, once generate.prepare has made it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
