@@ -1,7 +1,7 @@
 """Trains a compact image-text CLIP, the eyes of a small model: python -m data_prep.clip --data FILES --out DIR (--data demo: drawn scenes).
 In: pictures with captions. Out: DIR with open_clip_config.json and open_clip_model.safetensors, which open_clip loads as local-dir:DIR, the
 captions' tokenizer, log.jsonl, and card.json: how it was made, how well it finds the caption of a new picture, what can be read from its patches.
-Next: nanomind/generate.py
+Next: nanomind/fast.py
 
 The contrastive loss (InfoNCE, arXiv:2103.00020) is taken on the average of a random quarter of the patches, not of all: so every patch
 learns to know about the whole picture, and a language model need not find the one that does. Used as ever, it is an open_clip model.

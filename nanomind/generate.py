@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nanomind.device import choose_device
+from nanomind.fast import Step, to_int8
 from nanomind.model import KVCache
 
 PREFILL = 512  # tokens of a prompt read in one go: bounds the memory of long prompts
@@ -66,17 +67,17 @@ def choose(logits, seen, sampling, generators):
     return (logits + noise.to(logits.device)).argmax(dim=-1)
 
 
-def prepare(model, device="auto", precision="auto", threads=0):
+def prepare(model, device="auto", precision="auto", threads=0, int8=False):
     """Put a model where and how it writes fastest. -> a line that says so. Reading the weights is what one token costs, so half as many
-    bytes pay on every machine whose products accept bf16, even where they do not multiply it faster; tiny models stay fp32."""
+    bytes pay on every machine whose products accept bf16, even where they do not multiply it faster, and int8 halves them again; tiny models stay fp32."""
     machine = choose_device(device, "fp32" if precision == "auto" else precision, threads)
-    small = model.config.parameters() < 30e6 and machine.device.type == "cpu"
+    small = model.config.parameters() < 30e6 and machine.device.type == "cpu" and not int8
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and (small or machine.device.type == "mps")) else torch.bfloat16
+    if int8:
+        to_int8(model, dtype)
     model.to(machine.device, dtype).eval()
-    for layer in model.model.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
-    return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
+    model.step = Step(model)
+    return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}{' with int8 weights' * int8}"
 
 
 def prefill(model, tokens, doc_ids, cache, embeddings=None):
@@ -90,7 +91,7 @@ def prefill(model, tokens, doc_ids, cache, embeddings=None):
 
 def decode(model, ids, cache):
     """One step: the ids just chosen, (B,), -> logits of the next, (B, V)."""
-    return model.logits(model(ids[:, None], None, cache)[:, -1])
+    return model.step(ids, cache) if model.step is not None else model.logits(model(ids[:, None], None, cache)[:, -1])
 
 
 @torch.inference_mode()
@@ -119,15 +120,17 @@ def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling(), featu
         slots = torch.tensor([[-1] * (longest - len(row)) + row for row in slots], device=device)
         embeddings = model.see(tokens, torch.cat([own for own in features if own is not None]).to(device), slots)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, torch.tensor(prompt, device=device)] = True
+    if sampling.repetition_penalty != 1.0:
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.tensor(prompt, device=device)] = True
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
-    cache = KVCache(model.config, B, longest + max_new_tokens, model.lm_head.weight.dtype, device)
+    cache = KVCache(model.config, B, longest + max_new_tokens, model.model.embed_tokens.weight.dtype, device)
     running, rows = [True] * B, list(range(B))  # rows: which are still computed
     logits = prefill(model, tokens, doc_ids, cache, embeddings)
     for step in range(max_new_tokens):
         ids = choose(logits, seen, sampling, generators)
-        seen.scatter_(1, ids[:, None], True)
+        if sampling.repetition_penalty != 1.0:
+            seen.scatter_(1, ids[:, None], True)
         new = dict(zip(rows, ids.tolist()))
         running = [alive and new[row] not in stop for row, alive in enumerate(running)]
         if not any(running):

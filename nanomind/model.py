@@ -97,14 +97,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # computes in fp32 inside; one call, when one token is all there is
 
 
-def fuse(*projections):
-    """One (sum of rows, C) tensor of several projections' weights, which become views of it."""
-    joined = torch.cat([projection.weight.detach() for projection in projections])
-    for projection, part in zip(projections, joined.split([projection.out_features for projection in projections])):
-        projection.weight = nn.Parameter(part, requires_grad=False)
-    return joined
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -116,24 +108,16 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm, self.heads, self.fused = config.qk_norm, (H, K), None
-
-    def fuse(self):
-        """For writing: one product gives q, k and v. The three weights become views of one, so nothing is held twice."""
-        self.fused = fuse(self.q_proj, self.k_proj, self.v_proj)
+        self.qk_norm, self.heads = config.qk_norm, (H, K)
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
-        if self.fused is None and mask is not None and cache is None and by_hand(x):
+        if mask is not None and cache is None and by_hand(x, self.q_proj):
             joined = Products.apply(x, *(projection.weight for projection in projections))
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else (None, None, 0.0)
             return self.o_proj(AttentionFunction.apply(joined, *norms, *rope, mask, *self.heads))
-        if self.fused is None:
-            q, k, v = (projection(x) for projection in projections)
-        else:
-            q, k, v = F.linear(x, self.fused).split([projection.out_features for projection in projections], dim=-1)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        q, k, v = (projection(x).view(B, T, -1, self.head_dim) for projection in projections)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -151,16 +135,9 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused = None
-
-    def fuse(self):
-        self.fused = fuse(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        if self.fused is not None:
-            gate, up = F.linear(x, self.fused).chunk(2, dim=-1)
-            return self.down_proj(F.silu(gate) * up)
-        if by_hand(x):
+        if by_hand(x, self.gate_proj):
             return self.down_proj(SwiGLU.apply(Products.apply(x, self.gate_proj.weight, self.up_proj.weight)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -183,7 +160,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not nn.Embedding(V, C): its random numbers are overwritten by init_weights or a checkpoint, and on the meta device they take torch a second of imports
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -194,6 +172,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config, checkpointing=False):
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
+        self.step = None  # a faster way to write one token, once generate.prepare has made it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

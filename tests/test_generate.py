@@ -65,19 +65,6 @@ def test_rows_that_have_ended_are_left_out(model, sampling, monkeypatch):
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1 and sum(sizes) < 0.7 * len(prompts) * len(sizes)
 
 
-def test_prepared_model_writes_the_same(model):
-    """Joining q, k, v and gate, up into one product each is only for speed: the greedy text must not change, and nothing may be held twice."""
-    import copy
-    from nanomind.generate import prepare
-    joined = copy.deepcopy(model)
-    size = sum(p.numel() for p in joined.parameters())
-    prepare(joined, "cpu", "fp32", 1)
-    assert text(joined, [[5, 7, 11], [3]], 20) == text(model, [[5, 7, 11], [3]], 20)
-    assert sum(p.numel() for p in joined.parameters()) == size
-    attention = joined.model.layers[0].self_attn
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.fused.untyped_storage().data_ptr()
-
-
 def test_greedy_equals_transformers(model, tmp_path):
     """The same folder, the same prompt, their generate and ours."""
     from transformers import AutoModelForCausalLM
@@ -193,6 +180,14 @@ def test_sample_automatic_and_bad_input(trained, tmp_path):
         assert bad.returncode == 2 and "Traceback" not in bad.stderr and expected in bad.stderr, bad.stderr
 
 
+def test_sample_with_int8_weights(trained):
+    """All but the same text, from half the bytes; the reader is told."""
+    result = sample(["--prompt", "天地玄黄", "--int8", "--max-new-tokens", 10], trained)
+    assert result.returncode == 0 and result.stdout.startswith("天地玄黄") and "bfloat16 with int8 weights" in result.stderr
+    bad = sample(["--prompt", "x", "--int8", "--precision", "fp32"], trained)
+    assert bad.returncode == 2 and "leave out --precision fp32" in bad.stderr
+
+
 def test_a_typed_control_token_is_text(trained):
     """`<|endoftext|>` in a prompt is ordinary text: no character a user types becomes a control token."""
     result = sample(["--prompt", "天<|endoftext|>地", "--max-new-tokens", 2], trained)
@@ -203,6 +198,23 @@ def test_prompt_longer_than_the_context(trained):
     """The oldest tokens are dropped, and that is said."""
     result = sample(["--prompt", "天地玄黄宇宙洪荒" * 60, "--max-new-tokens", 5], trained)
     assert result.returncode == 0 and "only its last" in result.stderr
+
+
+def imported(arguments, cwd):
+    """Names of the packages that a run of sample.py imports, torch's parts with theirs."""
+    result = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "sample.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-500:]
+    names = [line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
+    return {".".join(name.split(".")[:2]) if name.startswith("torch.") else name.split(".")[0] for name in names}
+
+
+def test_nothing_is_imported_before_it_is_needed(trained):
+    """torch takes seconds to import: --help must not wait for it. Text must not wait for the eyes (open_clip, torchvision, timm), nor a checkpoint
+    for torch's compiler, which filling an embedding on the meta device with random numbers brings in."""
+    assert not imported(["--help"], trained) & {"torch", "numpy", "regex", "safetensors"}
+    found = imported(["--prompt", "天", "--max-new-tokens", 3], trained)
+    assert {"torch", "numpy", "safetensors"} <= found
+    assert not found & {"open_clip", "torchvision", "timm", "PIL", "transformers", "huggingface_hub", "torch._dynamo", "torch._inductor", "sympy"}
 
 
 def test_help_is_quick():

@@ -23,7 +23,9 @@ CONTESTANTS = (
     Contestant("ours", "ours, as sample.py prepares it: greedy"),
     Contestant("ours-sampling", "ours: sampling as sample.py does by default"),
     Contestant("ours-fp32", "ours: fp32, greedy"),
+    Contestant("ours-int8", "ours: --int8, greedy"),
     Contestant("ours-batch32", "ours: 32 prompts at once, greedy"),
+    Contestant("ours-int8-batch32", "ours: --int8, 32 prompts at once, greedy"),
     Contestant("minimind-fp32", "MiniMind: fp32, greedy"),
     Contestant("minimind-fp16", "MiniMind: fp16, greedy"),
     Contestant("minimind-bf16", "MiniMind: bf16, greedy"),
@@ -39,7 +41,7 @@ def our_writer(args, name):
     from nanomind.generate import Sampling, generate, prepare
     from nanomind.model import LanguageModel
     model = LanguageModel(load_preset(args.preset)[0]).init_weights()
-    prepare(model, "cpu", "fp32" if name == "ours-fp32" else "auto", args.threads)
+    prepare(model, "cpu", "fp32" if name == "ours-fp32" else "auto", args.threads, "int8" in name)
     prompts = [list(range(100 + row, 100 + row + args.prompt)) for row in range(rows(name))]
     sampling = Sampling() if name == "ours-sampling" else Sampling(temperature=0, repetition_penalty=1.0)
 

@@ -1,0 +1,146 @@
+"""Writing fast: the weights of a model laid out for one new token at a time, and the step that reads them.
+In: a LanguageModel that will no longer be trained. Out: one whose products may be int8, and a function from the ids just chosen to the next scores.
+Next: nanomind/generate.py
+
+One token costs reading every weight once, and starting some hundreds of small operations. So the step does the mathematics of model.py, for T = 1
+and without a gradient, in a third of the operations, and int8 weights are half as many bytes as bf16 ones.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanomind.model import attention_mask, rope_table
+
+
+def quantise(weight, dtype):
+    """(N, K) -> int8 (N, K) and a scale for each row, (N,) in `dtype`: weight = int8 * scale up to half a scale. Symmetric, so that 0 stays 0."""
+    scale = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-12).to(dtype)  # rounded first: the entries make up for it
+    return (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantise(values, scale):
+    """What the int8 weights stand for, (N, K) in the dtype of the scale."""
+    return values.to(scale.dtype) * scale[:, None]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without bias whose weights are kept as int8."""
+
+    def __init__(self, weight, dtype):
+        super().__init__()
+        values, scale = quantise(weight, dtype)
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))
+        return int8_product(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+
+
+FEW = 4  # rows for which int8 weights are made floats in registers; for more it pays to write them out as floats once
+
+
+def int8_product(x, values, scale):
+    """x (n, K) times the transpose of int8 weights (N, K) with their scales -> (n, N)."""
+    x = x.contiguous()
+    # torch's kernel takes 16 entries at a time from aligned addresses, and does not check that it may; only its bf16 form is fast
+    aligned = x.size(1) % 16 == 0 and x.data_ptr() % 32 == 0 and values.data_ptr() % 16 == 0
+    if aligned and len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return torch._weight_int8pack_mm(x, values, scale)
+    return F.linear(x, values.to(x.dtype)) * scale
+
+
+def to_int8(model, dtype):
+    """Make every product of the layers and of the head int8. The embeddings stay: a token reads one row of them."""
+    for parent in [*model.model.layers.modules(), model]:
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Int8Linear(child.weight.detach(), dtype))
+
+
+def join(projections):
+    """Several projections of the same input as one: a weight (N, K), or int8 values and their scales. Theirs become views of it, so that nothing
+    is held twice."""
+    parts = [projection.weight.detach() for projection in projections]
+    weight = torch.cat(parts)
+    views = weight.split([len(part) for part in parts])
+    if isinstance(projections[0], Int8Linear):
+        for projection, view in zip(projections, views):
+            projection.weight = view
+        return weight, torch.cat([projection.scale for projection in projections])
+    for projection, view in zip(projections, views):
+        projection.weight = nn.Parameter(view, requires_grad=False)
+    return weight
+
+
+def alone(projection):
+    return (projection.weight, projection.scale) if isinstance(projection, Int8Linear) else projection.weight.detach()
+
+
+def product(x, weight):
+    """x (B, K) times what `join` or `alone` gave -> (B, N)."""
+    return int8_product(x, *weight) if isinstance(weight, tuple) else F.linear(x, weight)
+
+
+class Step:
+    """One new token for each row: what `model.logits(model(ids[:, None], cache=cache))` computes, from weights that are final."""
+
+    def __init__(self, model):
+        config = self.config = model.config
+        self.embed, self.eps = model.model.embed_tokens, config.rms_norm_eps
+        self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight)
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layers, stretch = [], []
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self.layers.append((self.both(layer.input_layernorm), join([attention.q_proj, attention.k_proj, attention.v_proj]), alone(attention.o_proj),
+                                self.both(layer.post_attention_layernorm), join([mlp.gate_proj, mlp.up_proj]), alone(mlp.down_proj)))
+            if config.qk_norm:
+                stretch.append(torch.cat((attention.q_norm.weight.expand(H, D), attention.k_norm.weight.expand(K, D))).float())
+        self.norm, self.head = self.both(model.model.norm), alone(model.lm_head)
+        # QK-norm's weights are multiplied into the cosines and sines, once a step for all layers: (L or 1, H + K, D)
+        self.stretch = torch.stack(stretch).detach() if stretch else torch.ones(1, H + K, D, device=self.signs.device)
+
+    def both(self, norm):
+        """The weight of an RMSNorm for rms_norm, (2, C)."""
+        return torch.stack((norm.weight.detach(), norm.weight.detach()))
+
+    def rms_norm(self, x, weight):
+        """x / rms(x) * weight as a layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of x: two operations instead of
+        nine. x: (..., C), weight: (2, C) or None."""
+        twice = x[..., None, :] * self.signs  # (..., 2, C)
+        return F.layer_norm(twice, twice.shape[-2:], weight, None, self.eps)[..., 0, :]
+
+    def turns(self, position, dtype):
+        """For each layer what to multiply queries and keys by, and what their swapped halves, to turn them to `position`: two lists of (H + K, D)."""
+        cos, sin = (x[0] for x in rope_table(self.config, position, 1, self.signs.device))  # (1, D/2)
+        straight = self.stretch * torch.cat((cos, cos), dim=-1)
+        across = self.stretch.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * torch.cat((-sin, sin), dim=-1)
+        L = len(self.layers)
+        return [x.to(dtype).expand(L, -1, -1).unbind() for x in (straight, across)]
+
+    def __call__(self, ids, cache):
+        """ids: (B,) -> logits (B, V) fp32; the tokens are now in the cache."""
+        config, S = self.config, cache.length + 1
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
+        x = self.embed(ids)  # (B, C)
+        mask = attention_mask(1, cache.remember_docs(None, 1), S, x.dtype, x.device)
+        straight, across = self.turns(cache.length, x.dtype)
+        all_keys, all_values = cache.keys[:, :, :, :S].unbind(), cache.values[:, :, :, :S].unbind()
+        for i, (attention_norm, qkv, o, mlp_norm, gate_up, down) in enumerate(self.layers):
+            heads = product(self.rms_norm(x, attention_norm), qkv).view(len(ids), -1, D)  # (B, H + 2 K, D)
+            turned, v = heads.split((H + K, K), dim=1)
+            if config.qk_norm:
+                turned = self.rms_norm(turned, None)
+            swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+            turned = torch.addcmul(turned * straight[i], swapped, across[i])
+            all_keys[i][:, :, -1], all_values[i][:, :, -1] = turned[:, H:], v
+            q = turned[:, :H].unflatten(1, (K, -1))  # (B, K, H/K, D): the queries that share a key, as if they followed one another
+            found = F.scaled_dot_product_attention(q, all_keys[i], all_values[i], attn_mask=mask)
+            x = x + product(found.flatten(1), o)
+            gate, up = product(self.rms_norm(x, mlp_norm), gate_up).chunk(2, dim=-1)
+            x = x + product(F.silu(gate).mul_(up), down)
+        cache.length = S
+        return product(self.rms_norm(x, self.norm), self.head).float()

@@ -1,0 +1,120 @@
+"""Writing fast writes the same: the step of one token equals the plain forward, int8 weights are what a naive loop makes them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanomind.config import ModelConfig
+from nanomind.fast import Int8Linear, Step, dequantise, int8_product, quantise
+from nanomind.generate import Sampling, generate, prepare
+from nanomind.model import KVCache, LanguageModel
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
+SHAPES = {"grouped": dict(), "QK-norm": dict(qk_norm=True), "a head of its own": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=6),
+          "odd": dict(hidden_size=35, intermediate_size=57, num_attention_heads=5, num_key_value_heads=1, head_dim=14, tie_word_embeddings=False, qk_norm=True)}
+
+
+def model_of(shape):
+    config = ModelConfig(**{**dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+                                   intermediate_size=80, max_position_embeddings=64), **shape})
+    model = LanguageModel(config).init_weights(3).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():  # confident, so that greedy text is not a matter of rounding; norms that are not all ones
+        p.mul_(4 if p.dim() == 2 else torch.rand(p.shape, generator=generator) + 0.5)
+    return model
+
+
+def steps(step, model, prompts, ids, dtype=torch.float32):
+    """Logits of the tokens `ids`, (n, B), one after another behind prompts of the same or of different lengths (padded on the left). -> (n, B, V)"""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    doc_ids = torch.tensor([[-1] * (longest - len(p)) + [0] * len(p) for p in prompts]) if len(set(map(len, prompts))) > 1 else None
+    cache = KVCache(model.config, len(prompts), longest + len(ids), dtype, "cpu")
+    with torch.inference_mode():
+        model(tokens, doc_ids, cache)
+        return torch.stack([step(row, cache) for row in ids])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompts", ([[5, 7, 11]], [[5, 7, 11], [3, 2, 1], [9, 9, 9]], [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]), ids=("one", "three", "padded"))
+def test_the_step_equals_the_plain_forward(shape, prompts):
+    """Fewer and other operations, the same mathematics: norms, rotation, grouped heads, padding, position by position."""
+    model = model_of(SHAPES[shape])
+    ids = torch.randint(0, 97, (9, len(prompts)), generator=torch.Generator().manual_seed(0))
+    plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
+    assert plain.std() > 0.3
+    torch.testing.assert_close(steps(Step(model), model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
+    halved = model.to(torch.bfloat16)
+    rough = steps(Step(halved), halved, prompts, ids, torch.bfloat16)
+    assert F.cosine_similarity(rough, plain, dim=-1).min() > 0.995
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape):
+    model = model_of(SHAPES[shape])
+    fast = copy.deepcopy(model)
+    prepare(fast, "cpu", "fp32", 1)
+    prompts = [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]
+    for some in (prompts, prompts[:1]):
+        assert list(generate(fast, some, 30, (), GREEDY)) == list(generate(model, some, 30, (), GREEDY))
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for layer in fast.step.layers for tensor in layer}
+    held.update((p.untyped_storage().data_ptr(), p.untyped_storage().nbytes()) for p in fast.parameters())
+    small = sum(2 * p.nbytes for p in model.parameters() if p.dim() == 1)
+    assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small
+
+
+def test_quantising_equals_a_naive_loop():
+    """Row by row and entry by entry; a row of zeros must not divide by zero."""
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 0.02, 0.3, 1, 7, 100, 0])[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        values, scale = quantise(weight, dtype)
+        for n, row in enumerate(weight.tolist()):
+            s = float(torch.tensor(max(map(abs, row)) / 127 or 1e-12, dtype=torch.float32).to(dtype))
+            assert float(scale[n]) == s
+            for k, w in enumerate(row):
+                assert abs(int(values[n, k]) - max(-127.0, min(127.0, w / s))) <= 0.501
+        assert ((dequantise(values, scale.float()) - weight).abs() <= 0.51 * scale.float()[:, None] + (127 * 2**-8 * scale.float()[:, None] if dtype == torch.bfloat16 else 0)).all()
+        assert values.dtype == torch.int8 and values.abs().max() == 127 and not values[-1].any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("rows", (1, 3, 33))
+@pytest.mark.parametrize("N, K", ((97, 48), (35, 64), (35, 57), (1, 200)))
+def test_int8_products_equal_products_with_the_weights_they_stand_for(rows, N, K, dtype):
+    """Few rows and many go different ways; torch's kernel reads 16 entries at a time and crashes where rows have another size (57, 200)."""
+    generator = torch.Generator().manual_seed(N)
+    layer, x = Int8Linear(torch.randn(N, K, generator=generator), dtype), torch.randn(2, rows, K, generator=generator).to(dtype)
+    expected = F.linear(x.float(), dequantise(layer.weight, layer.scale.float()))
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).float(), expected, **(dict(atol=1e-4, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.06, rtol=0.02)))
+
+
+def test_int8_weights_are_read_as_such(monkeypatch):
+    """The fast kernel is taken for few rows, wherever in a joined weight they lie, and only where its addresses are aligned."""
+    taken, real = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *given: taken.append(1) or real(*given))
+    x, (values, scale) = torch.randn(5, 48, dtype=torch.bfloat16), quantise(torch.randn(9, 48), torch.bfloat16)
+    for some, kernel in ((x[:1], True), (x[3:4], True), (x[:4], True), (x, False), (x.float()[:1], False), (x.flatten()[8:56][None], False)):
+        taken.clear()
+        expected = some.float() @ dequantise(values[1:], scale[1:]).float().T
+        torch.testing.assert_close(int8_product(some, values[1:], scale[1:].to(some.dtype)).float(), expected, atol=0.1, rtol=0.02)
+        assert bool(taken) == kernel
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_writing(shape):
+    """The step and the plain forward read the same int8 weights, and both stay near the weights that were."""
+    model = model_of(SHAPES[shape])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    prompts, ids = [[5, 7, 11], [3]], torch.randint(0, 97, (9, 2), generator=torch.Generator().manual_seed(0))
+    exact = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
+    assert "int8" in prepare(model, "cpu", "fp32", 1, int8=True)
+    plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
+    torch.testing.assert_close(steps(model.step, model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
+    assert F.cosine_similarity(plain, exact, dim=-1).min() > 0.999
+    bytes_now = sum(tensor.nbytes for tensor in model.state_dict().values())
+    embeddings, products = (sum(p.numel() for name, p in before.items() if p.dim() == 2 and ("embed" in name) == is_) for is_ in (True, False))
+    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    assert products + 4 * embeddings < bytes_now < 1.5 * products + 4 * embeddings + (97 * 48 if model.config.tie_word_embeddings else 0)
