@@ -180,7 +180,7 @@ class Plain(LanguageModel):
 
     def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nanomind.model.by_hand", lambda x: False)
+            patch.setattr("nanomind.model.by_hand", lambda *x: False)
             return super().forward(tokens, doc_ids, cache, embeddings)
 
 
