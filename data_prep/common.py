@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def command(kind, description):
     parser.add_argument("--val", nargs="+", default=[], metavar="FILE", help="files to validate on; without them a share of the input is held out")
     parser.add_argument("--val-share", type=float, metavar="SHARE", help=f"share of the input held out for validation (default {VAL_SHARE})")
     parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="share of bad records that is still put up with (default 0.01)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores for more than a few MB)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes in all (default: all cores for more than a few MB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished data folder at --out")
     if kind == "images":
         parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures (default: that of the file that names them, or images/ there)")
@@ -107,19 +107,24 @@ def _share(key):
 
 
 def _encoded(batches, kind, folder, tokenizer, workers):
-    """(split, (ids, starts, mask)) for each batch, in order; at most 2 x workers batches are under way."""
+    """(split, (ids, starts, mask)) for each batch, in order. This process reads for all of them; when the others have enough to do, it encodes, too."""
+    encode = importlib.import_module(f"data_prep.{kind}").encode
     if workers == 1:
-        encode = importlib.import_module(f"data_prep.{kind}").encode
         yield from ((split, encode(tokenizer, items)) for split, items in batches)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (kind, str(folder)))
+    pool = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), _start_worker, (kind, str(folder)))
     try:
-        for _ in range(workers):
+        for _ in range(workers - 1):
             pool.submit(int)  # starts a process now, which gets ready while the first batch is being read
         under_way = deque()
         for split, items in batches:
-            under_way.append((split, pool.submit(_work, kind, str(folder), items)))
-            if len(under_way) > 2 * workers:
+            if sum(not future.done() for _, future in under_way) < workers:  # one waits while all are at work
+                future = pool.submit(_work, kind, str(folder), items)
+            else:
+                future = Future()
+                future.set_result(encode(tokenizer, items))
+            under_way.append((split, future))
+            while under_way and (under_way[0][1].done() or len(under_way) > 4 * workers):
                 split, future = under_way.popleft()
                 yield split, future.result()
         yield from ((split, future.result()) for split, future in under_way)
@@ -173,4 +178,4 @@ def _peak(workers):
     except ImportError:  # Windows
         return ""
     own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return f"; peak memory {own:.0f} MB" + (f" + {workers} x {worker:.0f} MB" if workers > 1 else "")
+    return f"; peak memory {own:.0f} MB" + (f" + {workers - 1} x {worker:.0f} MB" if workers > 1 else "")

@@ -138,7 +138,7 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     prepare("text", [path], tok, tmp_path / "x")
     before = contents(tmp_path / "x")
     path.write_text("".join(json.dumps({"text": str(i * i) * 50}) + "\n" for i in range(60_000)))
-    command = [sys.executable, "-m", "data_prep.text", "--input", path, "--tokenizer", tok, "--out", tmp_path / "x", "--overwrite", "--workers", "2"]
+    command = [sys.executable, "-m", "data_prep.text", "--input", path, "--tokenizer", tok, "--out", tmp_path / "x", "--overwrite", "--workers", "3"]
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job inherits "ignore"
     tokens = tmp_path / ".x.unfinished" / "train" / "tokens.bin"
