@@ -67,7 +67,7 @@ def travel(given, train):
 
 def plans(rows, place, train):
     """What each stage would do. Where its predecessor is not there yet, it is taken to have the first one's shape."""
-    preset = stages.defaults(rows[0])["preset"]
+    preset = stages.defaults(rows[0]).get("preset", "nano")
     for row in rows:
         print(f"\n{row['stage']}")
         before = stages.STAGES[row["stage"]].starts_from

@@ -104,7 +104,8 @@ def rows(given):
 def defaults(given):
     """Of TrainConfig, over those of the preset: the stage's own, and on the built-in world, unless a --preset is asked for, those that suit it."""
     stage = STAGES[given.get("stage", TrainConfig.stage)]
-    return stage.defaults if given.get("data") or given.get("preset") else {**stage.defaults, **stage.demo}
+    own = {**stage.defaults, **given}
+    return stage.defaults if own.get("data") or given.get("preset") else {**stage.defaults, **stage.demo}
 
 
 def check_flags(given, name):
@@ -191,8 +192,12 @@ def raw_files(cfg, stage, run_folder):
         demo.write(folder, files=(stage.builtin,))
     if "teacher" in stage.flags:  # of the built-in world it has the questions: the teacher answers
         return [answered(teacher_folder(cfg), folder / stage.builtin, cfg)]
-    known = [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
-    return [folder / stage.builtin, *(answered(path, folder / "replay.jsonl", cfg) for path in known[:1])]
+    files, known = [folder / stage.builtin], [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
+    try:
+        files += [answered(path, folder / "replay.jsonl", cfg) for path in known[:1]]
+    except ValueError as problem:
+        print(f"nothing to replay: {problem}")  # a model that cannot answer has nothing to forget
+    return files
 
 
 def answered(model_folder, prompts, cfg):
