@@ -64,7 +64,7 @@ STAGES = {
     "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.2),
     "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo=SHORT, minutes=0.8),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 4.5e-5}, minutes=0.8),
     "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
     "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),
