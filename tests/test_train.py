@@ -339,6 +339,17 @@ def test_full_disk_keeps_the_last_save(here, fast):
     assert not list(Path("out/demo/pretrain").glob("*.tmp"))
 
 
+def test_slow_preparation_leaves_half_of_the_time(here, fast, monkeypatch, capsys):
+    """Drawing and encoding pictures once took all of a stage's minute, and the journey ended there with nothing trained."""
+    from nanomind import stages
+    find = stages.find_data
+    monkeypatch.setattr(stages, "find_data", lambda *given: (time.sleep(4), find(*given))[1])
+    del fast["steps"]
+    assert train.main({**fast, "time_limit": 0.05, "run": "slow"}) == 0
+    assert "training gets half of them all the same" in capsys.readouterr().out
+    assert max(json.loads(line)["step"] for line in open("out/slow/pretrain/log.jsonl")) > 3
+
+
 def test_time_limit_ends_inside(here, fast):
     """The schedule must reach its end inside the limit, not be cut off by it."""
     del fast["steps"]
