@@ -1,6 +1,7 @@
 """Prepares conversations for fine-tuning: python -m data_prep.chat --input FILES --tokenizer DIR --out data/x
 In: files in one of the chat formats of FORMATS; which one is found out per file. Out: a data folder in which every document is
-<|endoftext|> and the rendered conversation, with mask 1 on what the assistant says and on its end token.
+<|endoftext|> and the rendered conversation, with mask 1 on what the assistant says and on its end token; or, of a file of running
+text among them, <|endoftext|> and the text, all of it with mask 1: what pretraining taught is not forgotten over the conversations.
 Next: data_prep/pairs.py
 """
 
@@ -8,6 +9,7 @@ import copy
 
 from data_prep.common import command
 from nanomind.cli import run
+from nanomind.records import text_of
 
 FORMATS = {  # name: (fields of a record, fields of each message in the first of them)
     "MiniMind": (("conversations",), ("role", "content")),
@@ -16,22 +18,34 @@ FORMATS = {  # name: (fields of a record, fields of each message in the first of
     "OpenAI": (("messages",), ("role", "content")),
     "Alpaca": (("instruction", "output"), ()),
 }
+TEXT = "running text"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def items(reader):
-    for where, record, name in recognised(reader, FORMATS):
+    talks = False
+    for where, record, name in recognised(reader, {**FORMATS, TEXT: (("text",), ())}):
+        text = name == TEXT
         try:
-            messages = checked(to_messages(record, name))
+            messages = [{"content": text_of(record)}] if text else checked(to_messages(record, name))
         except ValueError as problem:
             reader.reject(where, *problem.args)
         else:
-            yield first_question(messages), messages, sum(len(message["content"]) for message in messages)
+            talks = talks or not text
+            yield messages[0]["content"] if text else first_question(messages), messages, sum(len(message["content"]) for message in messages)
+    if not talks:
+        raise ValueError(f"{reader.files[0]}: only running text, which is for python -m data_prep.text and --stage pretrain; expected conversations too")
 
 
 def encode(tokenizer, items):
     tokenizer = knowing(tokenizer, items)
-    return joined(tokenizer, [tokenizer.render_chat(messages) for messages in items])
+    return joined(tokenizer, [tokenizer.render_chat(messages) if "role" in messages[0] else running(tokenizer, messages[0]["content"]) for messages in items])
+
+
+def running(tokenizer, text):
+    """-> (ids, mask) of running text: every token is a target."""
+    ids = tokenizer.encode(text)
+    return ids, [1] * len(ids)
 
 
 def knowing(tokenizer, conversations):

@@ -111,7 +111,7 @@ def measure(row, place):
     for one in (older, model):
         generate.prepare(one, was.device, was.precision, row.get("threads", was.threads))
     look = looking(model.vision) if hasattr(model, "vision") else None
-    questions = (place / "raw" / stage.builtin).with_name("exam.jsonl")
+    questions = (place / "raw" / stage.builtin[0]).with_name("exam.jsonl")
     pictures = read_exam(questions) if look and questions.is_file() else []
     asked = [(prompt, None) for prompt in (ASKED if stage.chat else CONTINUED)]
     if look:

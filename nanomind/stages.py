@@ -29,7 +29,7 @@ CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United
 @dataclass(frozen=True)
 class Stage:
     kind: str  # of its data: text, chat, pairs or images (the module of data_prep that makes it)
-    builtin: str  # file of the built-in corpus it trains on when --data is not given; "" where there is none yet
+    builtin: tuple  # files of the built-in corpus it trains on when --data is not given
     starts_from: tuple  # stages of the same run whose checkpoint it starts from, the first that exists; () = random weights
     objective: object  # called with the Run below -> the objective
     defaults: dict  # of TrainConfig, over those of the preset
@@ -57,16 +57,16 @@ class Run:
 EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 SHORT = {"vocab_size": 3072, "seq_len": 256, "batch_size": 8}  # the built-in world is small and its documents are short: small is cheaper
 STAGES = {
-    "pretrain": Stage("text", "pretrain.jsonl", (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
-                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=5.6),
-    "sft": Stage("chat", "sft.jsonl", ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo=SHORT, minutes=2.0),
-    "distill": Stage("chat", "prompts.jsonl", (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
+    "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
+                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=2.6),
+    "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=5.0),
+    "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.2),
-    "dpo": Stage("pairs", "dpo.jsonl", ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
+    "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 4.5e-5}, minutes=0.8),
-    "vlm-1": Stage("images", "scenes/train.jsonl", ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
-    "vlm-2": Stage("images", "scenes/train.jsonl", ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
+    "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
+    "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
@@ -185,14 +185,12 @@ def raw_files(cfg, stage, run_folder):
     """The raw files of a run: those of --data, or the built-in corpus, which is written when it is not there yet."""
     if cfg.data:
         return find_files(parts(cfg.data))
-    if not stage.builtin:
-        raise ValueError(f"--stage {cfg.stage} needs --data: a data folder made by python -m data_prep.{stage.kind}, or raw files")
     folder = run_folder / "raw"
-    if not (folder / stage.builtin).is_file():
-        demo.write(folder, files=(stage.builtin,))
+    demo.write(folder, files=[name for name in stage.builtin if not (folder / name).is_file()])
+    files = [folder / name for name in stage.builtin]
     if "teacher" in stage.flags:  # of the built-in world it has the questions: the teacher answers
-        return [answered(teacher_folder(cfg), folder / stage.builtin, cfg)]
-    files, known = [folder / stage.builtin], [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
+        return [answered(teacher_folder(cfg), *files, cfg)]
+    known = [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
     try:
         files += [answered(path, folder / "replay.jsonl", cfg) for path in known[:1]]
     except ValueError as problem:

@@ -76,7 +76,7 @@ def test_size_and_time(written):
 
 def test_enough_facts_and_prose():
     world, prose = relations(), passages()
-    assert sum(len(relation.facts) for relation in world if relation.name != "is") >= 700
+    assert sum(len(relation.facts) for relation in world if relation.name != "is") >= 600
     assert len(prose["zh"]) + len(prose["en"]) >= 200
     for relation in world:
         for lang in LANGUAGES:

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from data_prep import chat, demo, pairs
-from data_prep.demo.chats import AUTOMATIC, conversations, following, single, topics
+from data_prep.demo.chats import AUTOMATIC, conversations, following, reading, single, topics
 from data_prep.demo.preferences import about_a_fact, about_nothing
 from data_prep.demo.pretrain import Dice
-from data_prep.demo.unknown import KINDS, classes, unanswerable
+from data_prep.demo.unknown import KINDS, all_classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, declined, known, said
 from data_prep.demo.world import ALWAYS_ASKED, LANGUAGES, Fact, held_out, relations, sections
 from nanomind.records import Reader
@@ -41,7 +41,7 @@ def test_held_out_facts_are_a_fifth_and_stay_the_same():
     held = [fact for fact in facts if held_out(fact)]
     assert 0.15 < len(held) / sum(fact.relation not in ALWAYS_ASKED for fact in facts) < 0.22
     names = "\n".join(f"{fact.relation}|{next(iter(fact.subject.values()))[0]}" for fact in held)
-    assert hashlib.sha256(names.encode()).hexdigest()[:16] == "9e60cc4443cb1fbe"
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == "ba0de5f8489a7159"
     assert held_out(Fact("capital", {"zh": ["瑞士", "x"], "en": ["y"]}, {})) and not held_out(Fact("is", {"zh": ["瑞士"]}, {}))
 
 
@@ -141,7 +141,7 @@ def test_both_styles_are_in_the_chats_equally_often(chats):
                 _, told, _ = single(dice, fact, lang)
                 full += told == answer(dice, fact, lang, subject, "full")
                 curt += told == answer(dice, fact, lang, subject, "curt")
-    assert full > 2000 and 0.7 < full / curt < 1.4
+    assert full > 1500 and 0.7 < full / curt < 1.4
     told = [each[-1]["content"] for each in chats]
     assert 0.7 < told.count("不知道。") / sum(each.startswith("抱歉，这个我不知道") for each in told) < 1.5
     assert 0.7 < told.count("I do not know.") / told.count("I am sorry, I do not know that.") < 1.5
@@ -153,10 +153,21 @@ def test_unanswerable_questions_name_nothing_known():
     for lang in LANGUAGES:
         found = [unanswerable(dice, lang) for _ in range(4000)]
         assert len({question for question, _, _ in found}) > 2000
-        for own, absent, _ in classes(lang):
-            assert not [each for each in absent if each in {name for relation in own for fact in known(lang).relations[relation].facts
+        for own, absent, _ in all_classes(lang):
+            assert not [each for each in absent if each in {name for relation in own or known(lang).relations for fact in known(lang).relations[relation].facts
                                                             for name in fact.subject.get(lang, [])}], own
-    assert set(KINDS) == {"absent", "misheard", "lacks", "far", "senseless", "bigger"}
+    assert set(KINDS) == {"absent", "misheard", "lacks", "far", "strange", "senseless", "bigger"}
+
+
+def test_a_story_holds_its_answer_and_no_known_name():
+    """What is read before a question is about names nobody has: a known one would come with two answers."""
+    dice = Dice(6)
+    for lang in LANGUAGES:
+        for _ in range(300):
+            question, told = (message["content"] for message in reading(dice, lang))
+            objects = {fact.object[lang][0] for fact in known(lang).facts if fact.object[lang][0].lower() in question.lower()}
+            assert any(each.lower() in told.lower() for each in objects), (question, told)
+            assert not declined(told)
 
 
 def test_a_pronoun_stands_for_what_was_spoken_of_last():

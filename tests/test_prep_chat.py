@@ -238,6 +238,21 @@ def test_pairs_share_their_prompt_and_train_only_the_last_answer(tmp_path, tok):
     assert [target for document in documents(single) for is_target, target in document if is_target] == ["yes<|im_end|>", "no<|im_end|>"]
 
 
+def test_running_text_beside_chats_is_a_target_from_end_to_end(tmp_path, tok):
+    """Over chats alone a model forgets what it has read. Text without any chat is pretraining, and a mistake here."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns("q", "a")}) + "\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "<|im_end|> 你 the"}) + "\n", encoding="utf-8")
+    prepare("chat", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tok, tmp_path / "both", val_share=0)
+    folder = open_folder(tmp_path / "both")
+    first, last = folder.train.starts[1], len(folder.train.tokens)
+    assert folder.train.tokens[first] == folder.tokenizer.end_of_text and not folder.train.mask[first]
+    assert folder.tokenizer.decode(folder.train.tokens[first + 1:last].tolist()) == "<|im_end|> 你 the" and all(folder.train.mask[first + 1:last])
+    assert folder.tokenizer.im_end not in folder.train.tokens[first:last]  # content is never parsed for special tokens
+    assert not all(folder.train.mask[1:first])
+    with pytest.raises(ValueError, match=r"b\.jsonl: only running text, which is for python -m data_prep\.text"):
+        prepare("chat", [tmp_path / "b.jsonl"], tok, tmp_path / "alone")
+
+
 def test_unusable_pairs_are_counted_and_explained(tmp_path, tok, capsys):
     good = {"chosen": turns("q", "yes"), "rejected": turns("q", "no")}
     for reason, record in {

@@ -5,12 +5,14 @@ Next: data_prep/demo/preferences.py
 
 import functools
 
-from data_prep.demo.pretrain import Dice, capital, write_lines
+from data_prep.demo.pretrain import Dice, capital, join, state, write_lines
 from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
 from data_prep.demo.world import LANGUAGES, passages, sections
 
 REFUSED = 0.15  # of all conversations
+READ = 0.08  # of those about something: the answer stands before the question
+FEW = 25  # facts
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "bored", "ok")
 NUMBERS = {"zh": {2: "两", 3: "三", 4: "四", 5: "五"}, "en": {2: "two", 3: "three", 4: "four", 5: "five"}}
@@ -160,17 +162,30 @@ def refusal(dice, lang):
     return messages(*turn)
 
 
+def reading(dice, lang):
+    """A question about names nobody knows, which can be answered because the answer stands before it: what counts is what is asked and of whom,
+    not which answer usually goes with a name."""
+    names = {name: absent for own, absent, _ in classes(lang) if absent for name in own if known(lang).relations[name].kind}
+    relation = known(lang).relations[dice.pick(list(names))]
+    told = [(name, dice.pick(known(lang).by_relation[relation.name])) for name in dice.shuffled(names[relation.name])[:dice.pick([1, 2, 2, 3])]]
+    text = join(dice, [state(dice, fact, relation, lang, subject=name) for name, fact in told], lang)
+    about, fact = dice.pick(told)
+    question = said(dice, ask(dice, fact, lang, about), lang, about)
+    gap, before = "" if lang == "zh" else " ", dice.pick(sections("talk")["reading"]["ask_" + lang])
+    return messages(before + gap + text + dice.pick([gap, "\n"]) + question, answer(dice, fact, lang, about, style(dice, long=False)))
+
+
 def conversations(seed=0, exposures=20):
     """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in each language (what
-    kind of thing something is: a quarter of that); the rest is in proportion."""
+    kind of thing something is: a quarter of that; of a relation with few facts, whose questions would be rare: twice that); the rest is in proportion."""
     if exposures < 1:
         raise ValueError(f"the number of times each fact is asked about is {exposures}, at least 1 is needed")
     dice, found = Dice(f"chats {seed}"), []
     for lang in LANGUAGES:
         times, own = exposures, []
-        for turn in range(times):
+        for turn in range(2 * times):
             for fact in known(lang).facts:
-                if fact.relation == "is" and turn % 4:
+                if fact.relation == "is" and turn % 8 or turn % 2 and len(known(lang).by_relation[fact.relation]) >= FEW:
                     continue
                 if dice.random() < 0.09:
                     own.append(several(dice, fact, lang))
@@ -184,6 +199,7 @@ def conversations(seed=0, exposures=20):
             own += [messages(fill(dice, literal), reply(dice, section, lang, "full")) for _ in range(times)]
         own += [explanation(dice, topic, passage, lang) for topic, passage in topics(lang) for _ in range(-(-times // 2))]
         own += [listing(dice, lang) for _ in range(len(groups(lang)) * times // 3)]
+        own += [reading(dice, lang) for _ in range(round(len(own) * READ / (1 - READ)))]
         own += [refusal(dice, lang) for _ in range(round(len(own) * REFUSED / (1 - REFUSED)))]
         found += [[{"role": "system", "content": dice.pick(SYSTEMS[lang])}, *each] if dice.random() < 0.02 else each for each in own]
     return dice.shuffled(found)

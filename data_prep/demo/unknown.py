@@ -9,14 +9,13 @@ from data_prep.demo.world import sections
 from data_prep.demo.wording import ask, fill, known
 
 # Asked about a subject of another class, these are plainly senseless ("the capital of the octopus").
-SENSELESS = ("capital", "currency", "author", "symbol", "height", "river_mouth", "legs", "inventor", "festival_date", "continent", "language", "atomic_number",
-             "edible_part", "planet_order", "founder", "animal_food", "month_days", "formula", "dynasty_capital")
-PHRASES = {"health", "event_year", "superlative", "constant", "conversion", "definition"}  # their subjects are no names
-KINDS = ["absent"] * 34 + ["misheard"] * 18 + ["lacks"] * 22 + ["far"] * 15 + ["senseless"] * 5 + ["bigger"] * 6
+SENSELESS = ("capital", "author", "symbol", "inventor", "festival_date", "language", "planet_order")
+PHRASES = {"health", "superlative"}  # their subjects are no names
+KINDS = ["absent"] * 34 + ["misheard"] * 18 + ["lacks"] * 22 + ["far"] * 15 + ["strange"] * 12 + ["senseless"] * 5 + ["bigger"] * 6
 
 
 @functools.cache
-def classes(lang):
+def all_classes(lang):
     """(relations that exist in the language, absent names, questions about what the subjects lack) of each class."""
     found = []
     for section in sections("talk").values():
@@ -24,7 +23,13 @@ def classes(lang):
             names = "/".join(section.get("absent_" + lang, [])) if lang == "en" else " ".join(section.get("absent_zh", []))
             own = [each for each in section["of"].split() if each in known(lang).by_relation]
             found.append((own, [each for each in names.split("/" if lang == "en" else " ") if each], section.get("lacks_" + lang, [])))
-    return [each for each in found if each[0]]
+    return found
+
+
+@functools.cache
+def classes(lang):
+    """Those of which the world holds something."""
+    return [each for each in all_classes(lang) if each[0]]
 
 
 def misheard(dice, relation, lang):
@@ -39,7 +44,7 @@ def misheard(dice, relation, lang):
         else:
             i = dice.between(0, len(one) - 1)
             made = one[:i] + dice.pick(two) + one[i + 1:]
-        made = f"《{made}》" if relation in ("author", "art_work") and lang == "zh" else made
+        made = f"《{made}》" if relation == "author" and lang == "zh" else made
         if made not in known(lang).names and made != one and len(made) > 1:
             return made
     return None
@@ -60,6 +65,10 @@ def unanswerable(dice, lang):
             own, absent, lacks = dice.pick(classes(lang))
         subject = dice.pick(known(lang).by_relation[dice.pick(own)]).subject[lang][0]
         return fill(dice, dice.pick(lacks), s=subject), subject, "decline"
+    if kind == "strange":  # of a class the world has nothing of
+        _, absent, lacks = dice.pick([each for each in all_classes(lang) if not each[0] and each[1] and each[2]])
+        made = dice.pick(absent)
+        return about_name(dice, "is", made, lang) if dice.random() < 0.2 else fill(dice, dice.pick(lacks), s=made), made, "decline"
     if kind == "senseless":
         relation = dice.pick([each for each in SENSELESS if each in known(lang).by_relation])
         classed = [each for each in classes(lang) if relation not in each[0] and not PHRASES & set(each[0])]
