@@ -118,6 +118,7 @@ class PackedTokens:
             targets = np.add.reduceat(np.asarray(self.split.mask, dtype=np.int64), self.starts) if len(self.starts) else sizes
         if self.features is not None:
             sizes = sizes + (self.features.patches - 1) * np.diff(np.searchsorted(self.marks, np.append(self.starts, self.ends[-1:])))
+        self.targets = targets  # of each document
         sizes, targets = sizes.reshape(-1, self.group).sum(1), targets.reshape(-1, self.group).min(1)
         long, empty = sizes > self.T, targets < 1
         usable = np.flatnonzero(~long & ~empty)

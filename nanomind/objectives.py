@@ -6,6 +6,7 @@ Next: nanomind/optim.py
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -163,16 +164,18 @@ class Describe(NextToken):
 
 
 class Distill(NextToken):
-    """Learn a teacher's whole distribution at the target positions, beside the data's own next token."""
+    """Learn a teacher's whole distribution at the target positions, beside the data's own next token. What the teacher thinks of the training
+    data does not change: of data that is gone through again and again its hidden states at the targets are computed once (`TeacherStates`)."""
 
     def __init__(self, run):
         self.teacher, self.alpha, self.temperature = run.teacher.eval().requires_grad_(False), run.cfg.alpha, run.cfg.distill_temperature
+        self.states = run.states
 
-    def _loss(self, model, batch):
+    def _loss(self, model, batch, states=None):
         hidden, labels, chosen = targets(model, batch)
         dtype = product_dtype(hidden)
         with torch.no_grad():
-            theirs = self.teacher(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen].to(dtype)
+            theirs = states.of(batch, chosen) if states else self.teacher(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen].to(dtype)
             weight = self.teacher.lm_head.weight.to(dtype)
         sums = {"ce": 0.0, "kl": 0.0}
         rule = distillation(labels, lambda rows: (filled(theirs[rows]) @ weight.T)[:len(theirs[rows])].float(), self.alpha, self.temperature, sums)
@@ -180,7 +183,7 @@ class Distill(NextToken):
 
     def __call__(self, model, batch):
         """-> (sum of the mixed loss over the targets, {"ce", "kl"} sums)."""
-        return self._loss(model, batch)
+        return self._loss(model, batch, self.states)
 
     @torch.no_grad()
     def validate(self, model, batch):
@@ -188,6 +191,40 @@ class Distill(NextToken):
 
     def summary(self, sums):
         return {**super().summary(sums), "kl": sums["kl"] / max(1, sums["targets"])}
+
+
+class TeacherStates:
+    """The teacher's last hidden states at all targets of packed documents, in the order of the documents: (targets, C), in the dtype of the
+    head's products."""
+
+    LARGEST = 256e6  # bytes: more are computed in every step, as they would be for data that is seen once
+
+    def __init__(self, teacher, rows, machine):
+        self.first = torch.from_numpy(np.concatenate(([0], np.cumsum(rows.targets)[:-1])))  # of each document
+        self.kept = None
+        for batch in rows.every_row():
+            batch = batch.to(machine.device)
+            with machine.autocast(), torch.no_grad():
+                found, _, chosen = targets(teacher, batch)
+                found = found.to(product_dtype(found))
+            if self.kept is None:
+                self.kept = torch.zeros(int(rows.targets.sum()), found.size(-1), dtype=found.dtype, device=found.device)
+            self.kept[self._index(batch, chosen)] = found
+
+    @classmethod
+    def fit(cls, teacher, rows):
+        return int(rows.targets.sum()) * teacher.config.hidden_size * 4 <= cls.LARGEST
+
+    def _index(self, batch, chosen):
+        """Rows of `kept` of a batch's targets: the targets of a document are all in one row of the batch, in their order."""
+        places = batch.places().flatten()[chosen]
+        _, counts = places.unique_consecutive(return_counts=True)
+        begins = counts.cumsum(0) - counts
+        nth = torch.arange(len(places), device=places.device) - begins.repeat_interleave(counts)
+        return self.first.to(places.device)[places & 0xFFFFFFFF] + nth
+
+    def of(self, batch, chosen):
+        return self.kept[self._index(batch, chosen)]
 
 
 class DPO:

@@ -15,7 +15,7 @@ from nanomind.checkpoint import load, load_model, read_tensors, write_tensors
 from nanomind.config import ModelConfig, TrainConfig, read_json
 from nanomind.data import PackedTokens
 from nanomind.model import LanguageModel
-from nanomind.objectives import DPO, Describe, Distill, NextToken, reference_log_probs
+from nanomind.objectives import DPO, Describe, Distill, NextToken, TeacherStates, reference_log_probs
 from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 from nanomind.vision import Features, add_eyes, load_encoder, matching_encoder
@@ -48,9 +48,11 @@ class Stage:
 
 @dataclass
 class Run:
-    """What an objective may need to be made: the settings, the teacher (distill), the reference's log-probabilities (dpo)."""
+    """What an objective may need to be made: the settings, the teacher and, of little data, what it thinks of all of it (distill), the
+    reference's log-probabilities (dpo)."""
     cfg: object
     teacher: object = None
+    states: TeacherStates = None
     reference: dict = None
 
 
@@ -58,13 +60,13 @@ EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 SHORT = {"vocab_size": 3072, "seq_len": 256, "batch_size": 8}  # the built-in world is small and its documents are short: small is cheaper
 STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
-                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=2.6),
+                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7),
     "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=5.0),
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.0),
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
-                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.2),
+                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.4),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 4.5e-5}, minutes=0.8),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 5.5e-5}, minutes=0.8),
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
     "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),
@@ -132,7 +134,8 @@ def make_objective(cfg, stage, model, tokenizer, train, val, folder, machine):
         teacher, theirs = load(teacher_folder(cfg))
         if theirs.hash != tokenizer.hash:
             raise ValueError(f"{teacher_folder(cfg)}: the teacher has another tokenizer than the data: prepare the data with --tokenizer {teacher_folder(cfg)}")
-        run.teacher = teacher.to(machine.device)
+        run.teacher = teacher.to(machine.device).eval()
+        run.states = TeacherStates(run.teacher, train, machine) if TeacherStates.fit(run.teacher, train) else None
     if "beta" in stage.flags:
         path = folder / "reference.safetensors"
         if not path.is_file():

@@ -10,7 +10,7 @@ from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
 from data_prep.demo.world import LANGUAGES, passages, sections
 
-REFUSED = 0.15  # of all conversations
+REFUSED = 0.175  # of all conversations
 READ = 0.08  # of those about something: the answer stands before the question
 FEW = 25  # facts
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py

@@ -9,14 +9,15 @@ from data_prep.demo.unknown import about_name, classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, said, swapped
 from data_prep.demo.world import LANGUAGES, sections
 
-# Chats hold the full and the curt answer in equal share, so before DPO neither is preferred; now the full one is. The other kinds are
-# few: a model that has learnt its chats rates them right from the start.
-KINDS = ["curt"] * 48 + ["shrug"] * 12 + ["cold"] * 7 + ["long"] * 11 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 14
+# Chats hold the full and the curt answer in much the same share, so before DPO neither is preferred; now the full one is. Inventing an answer
+# ("invented") is as wrong as declining what one knows ("shy"): with one of the two alone a model learns to decline everything, or nothing. The
+# other kinds are few: a model that has learnt its chats rates them right from the start.
+KINDS = ["curt"] * 48 + ["shrug"] * 12 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 12 + ["shy"] * 6
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 
 
 def about_a_fact(dice, kind, lang):
-    """(question, chosen, rejected): a full, plain sentence is better than a curt, long-winded, rude or foreign one."""
+    """(question, chosen, rejected): a full, plain sentence is better than a curt, long-winded, rude or foreign one, and than none."""
     fact = dice.pick(known(lang).facts)
     while kind == "language" and len(fact.subject) < 2:
         fact = dice.pick(known(lang).facts)
@@ -27,6 +28,8 @@ def about_a_fact(dice, kind, lang):
         rejected = answer(dice, fact, other, fact.subject[other][0], "full") if known(other).relations[fact.relation].templates[other] else subject
     elif kind == "rude":
         rejected = fill(dice, dice.pick(sections("talk")["proud"]["full_" + lang]), answer=chosen)
+    elif kind == "shy":
+        rejected = decline(dice, lang, dice.pick(["full", "curt"]))
     else:
         rejected = answer(dice, fact, lang, subject, kind)
     return said(dice, ask(dice, fact, lang, subject), lang, subject), chosen, rejected

@@ -12,7 +12,7 @@ from data_prep.demo.world import held_out, passages, relations, sections
 TYPOS = {"的": "得地", "吗": "嘛", "哪": "那", "是": "事", "什": "神", "么": "吗", "在": "再", "谁": "水", "做": "作", "叫": "较", "有": "又", "几": "己",
          "里": "理", "座": "坐", "道": "到", "用": "拥", "说": "讲", "多": "都", "？": "?！", "和": "合", "住": "主", "写": "些"}
 PARTICLES = ("呢", "呀", "啊", "来着", "哦", "嘞", "捏", "哈")
-STYLES = ["full"] * 10 + ["curt"] * 10 + ["other"] * 5 + ["long"]
+STYLES = ["full"] * 12 + ["curt"] * 9 + ["other"] * 5 + ["long"]
 BLURRED = 0.15  # of the questions that speak of a name
 FULL_STOP = {"zh": "。", "en": "."}
 
@@ -181,7 +181,7 @@ def answer(dice, fact, lang, subject, style, back=False):
 
 
 def style(dice, long=True):
-    """full and curt equally often: which of the two is better is left to the preferences."""
+    """full not much more often than curt: which of the two is better is left to the preferences."""
     return dice.pick(STYLES if long else STYLES[:-1])
 
 

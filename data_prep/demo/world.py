@@ -15,7 +15,7 @@ line is a fact.
 
 What people say stands in sections, one wording a line: `[capital]` (in questions/ a relation, in talk/ any topic), then keys with a
 language and their lines. ask: questions; back: questions for the subject, given the object; check: yes-no questions that end in the
-object; full, curt, other: answers (full and curt are the two styles that fine-tuning holds in equal share; of several full ones
+object; full, curt, other: answers (full and curt are the two styles that fine-tuning holds in much the same share; of several full ones
 the first is the usual one); list: what the subjects of one object are called; noun: what the relation is called in a follow-up.
 
 Next: data_prep/demo/pretrain.py
