@@ -20,7 +20,7 @@ from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 from nanomind.vision import Features, add_eyes, load_encoder, matching_encoder
 
-BUILTIN_TOKENS = 5.6e6  # about what the built-in corpus gives
+BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
 
 
 CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United States, please.")
@@ -66,7 +66,7 @@ STAGES = {
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.4),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 5.5e-5}, minutes=0.8),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 4.5e-5}, minutes=0.8),
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
     "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),

@@ -1,6 +1,6 @@
 """Command line of the demo world: `python -m data_prep.demo --out data/demo-raw`.
-In: flags. Out: DIR/pretrain.jsonl with {"text": ...} for data_prep.text, DIR/sft.jsonl with conversations for data_prep.chat, and
-DIR/dpo.jsonl with pairs for data_prep.pairs, one object a line; `exam --out DIR`: DIR/exam-*.jsonl.
+In: flags. Out: DIR/pretrain.jsonl with {"text": ...} for data_prep.text, DIR/sft.jsonl with conversations for data_prep.chat (and DIR/recall.jsonl
+with text beside them), and DIR/dpo.jsonl with pairs for data_prep.pairs, one object a line; `exam --out DIR`: DIR/exam-*.jsonl.
 Next: nanomind/data.py
 """
 
@@ -18,10 +18,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed mixes the same world differently (default: 0)")
     parser.add_argument("--exposures", type=int, default=140, metavar="N",
                         help="times each fact is stated in each language; sets the size (default: 140)")
-    parser.add_argument("--asked", type=int, default=25, metavar="N",
-                        help="times each fact that is not held out is asked about in each language (default: 25)")
-    parser.add_argument("--mixed", type=int, default=40, metavar="N",
-                        help="the same for dialogues written out in the pretraining text (default: 40)")
+    parser.add_argument("--asked", type=int, default=36, metavar="N",
+                        help="times each fact that is not held out is asked about in each language (default: 36)")
+    parser.add_argument("--mixed", type=int, default=8, metavar="N",
+                        help="the same for dialogues written out in the pretraining text (default: 8)")
     flags = parser.parse_args()
     if flags.what == "exam" and vars(flags) != vars(parser.parse_args(["exam", "--out", flags.out])):
         raise ValueError("exams are the same for all: leave out --seed, --exposures, --asked and --mixed")

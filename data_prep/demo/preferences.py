@@ -12,14 +12,14 @@ from data_prep.demo.world import LANGUAGES, sections
 # Chats hold the full and the curt answer in much the same share, so before DPO neither is preferred; now the full one is. Inventing an answer
 # ("invented") is as wrong as declining what one knows ("shy"): with one of the two alone a model learns to decline everything, or nothing. The
 # other kinds are few: a model that has learnt its chats rates them right from the start.
-KINDS = ["curt"] * 48 + ["shrug"] * 12 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 12 + ["shy"] * 6
+KINDS = ["curt"] * 46 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 10 + ["shy"] * 12
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 
 
 def about_a_fact(dice, kind, lang):
     """(question, chosen, rejected): a full, plain sentence is better than a curt, long-winded, rude or foreign one, and than none."""
     fact = dice.pick(known(lang).facts)
-    while kind == "language" and len(fact.subject) < 2:
+    while fact.relation == "is" or kind == "language" and len(fact.subject) < 2:  # "X is a country" must not become the better answer to everything
         fact = dice.pick(known(lang).facts)
     subject = swapped(dice, fact, lang)
     chosen = answer(dice, fact, lang, subject, "full")
