@@ -24,7 +24,7 @@ from nanomind.vision import looking
 
 CONTINUED = PROMPTS[3], PROMPTS[6], PROMPTS[7]
 ASKED = QUESTIONS[0], QUESTIONS[5], QUESTIONS[8]
-LONGEST = 64  # tokens of a sample
+LONGEST = 100  # tokens of a sample
 OWN = "preferred", "kl", "image_gain"  # what a validation may report beside the loss, by its name in log.jsonl
 HEAD = "stage", "minutes", "tokens", "loss", "bits/byte", "seen", "read", "unknown", "declined", "ended", "of its own", "peak MB"
 

@@ -207,7 +207,7 @@ def answered(model_folder, prompts, cfg):
         demo.write(prompts.parent, files=(prompts.name,))
     answers = prompts.with_name(f"answers-{fingerprint([model_folder / 'model.safetensors', prompts])}.jsonl")
     if not answers.is_file():
-        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=64, threads=cfg.threads)
+        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=128, threads=cfg.threads)
     return answers
 
 
