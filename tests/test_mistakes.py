@@ -34,10 +34,10 @@ def test_binary_and_utf_16_files_are_not_taken_for_gbk(tmp_path, capsys):
 
 
 def test_what_is_expected_is_told_once(tmp_path, tokenizer_folder, capsys):
-    """Text given where chats are expected: five lines of 250 characters, all the same, and a sixth."""
+    """Something else given where chats are expected: five lines of 250 characters, all the same, and a sixth."""
     from data_prep.common import prepare
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(9)))
-    with pytest.raises(ValueError, match=r"text.jsonl:1: fields found: text; expected conversations .role, content. \(MiniMind\)"):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in sentences(9)))
+    with pytest.raises(ValueError, match=r"text.jsonl:1: fields found: story; expected conversations .role, content. \(MiniMind\)"):
         prepare("chat", [tmp_path / "text.jsonl"], tokenizer_folder, tmp_path / "out")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
     assert len(told) == 5 and "expected" in told[0] and all(line.endswith(f":{i}: fields found: text") for i, line in enumerate(told[1:], 2))
