@@ -40,7 +40,7 @@ def test_what_is_expected_is_told_once(tmp_path, tokenizer_folder, capsys):
     with pytest.raises(ValueError, match=r"text.jsonl:1: fields found: story; expected conversations .role, content. \(MiniMind\)"):
         prepare("chat", [tmp_path / "text.jsonl"], tokenizer_folder, tmp_path / "out")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert len(told) == 5 and "expected" in told[0] and all(line.endswith(f":{i}: fields found: text") for i, line in enumerate(told[1:], 2))
+    assert len(told) == 5 and "expected" in told[0] and all(line.endswith(f":{i}: fields found: story") for i, line in enumerate(told[1:], 2))
 
 
 def test_chats_as_text_are_said_and_bad_answers_refused(tmp_path, tokenizer_folder, capsys):
