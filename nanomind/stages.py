@@ -192,22 +192,23 @@ def raw_files(cfg, stage, run_folder):
     demo.write(folder, files=[name for name in stage.builtin if not (folder / name).is_file()])
     files = [folder / name for name in stage.builtin]
     if "teacher" in stage.flags:  # of the built-in world it has the questions: the teacher answers
-        return [answered(teacher_folder(cfg), *files, cfg)]
+        return [answered(teacher_folder(cfg), *files, cfg, 64)]  # tokens: the few long answers would cost a small student much of its time
     known = [path for path in (run_folder / name for name in stage.replay) if (path / "model.safetensors").is_file()]
     try:
-        files += [answered(path, folder / "replay.jsonl", cfg) for path in known[:1]]
+        files += [answered(path, folder / "replay.jsonl", cfg, 128) for path in known[:1]]
     except ValueError as problem:
         print(f"nothing to replay: {problem}")  # a model that cannot answer has nothing to forget
     return files
 
 
-def answered(model_folder, prompts, cfg):
-    """The file with a model's own answers to questions about the whole built-in world (a file of it), written when it is not there yet."""
+def answered(model_folder, prompts, cfg, longest):
+    """The file with a model's own answers, of at most so many tokens, to questions about the whole built-in world (a file of it), written when it is
+    not there yet."""
     if not prompts.is_file():
         demo.write(prompts.parent, files=(prompts.name,))
     answers = prompts.with_name(f"answers-{fingerprint([model_folder / 'model.safetensors', prompts])}.jsonl")
     if not answers.is_file():
-        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=128, threads=cfg.threads)
+        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=longest, threads=cfg.threads)
     return answers
 
 
