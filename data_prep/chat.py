@@ -1,7 +1,7 @@
 """Prepares conversations for fine-tuning: python -m data_prep.chat --input FILES --tokenizer DIR --out data/x
 In: files in one of the chat formats of FORMATS; which one is found out per file. Out: a data folder in which every document is
 <|endoftext|> and the rendered conversation, with mask 1 on what the assistant says and on its end token; or, of a file of running
-text among them, <|endoftext|> and the text, all of it with mask 1: what pretraining taught is not forgotten over the conversations.
+text among them, <|endoftext|> and a piece of the text, all of it with mask 1: what pretraining taught is not forgotten over the conversations.
 Next: data_prep/pairs.py
 """
 
@@ -19,6 +19,7 @@ FORMATS = {  # name: (fields of a record, fields of each message in the first of
     "Alpaca": (("instruction", "output"), ()),
 }
 TEXT = "running text"
+PIECE = 255  # tokens of it in a document: one more begins the document, and most rows have 512
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -39,13 +40,15 @@ def items(reader):
 
 def encode(tokenizer, items):
     tokenizer = knowing(tokenizer, items)
-    return joined(tokenizer, [tokenizer.render_chat(messages) if "role" in messages[0] else running(tokenizer, messages[0]["content"]) for messages in items])
+    return joined(tokenizer, [document for messages in items for document in rendered(tokenizer, messages)])
 
 
-def running(tokenizer, text):
-    """-> (ids, mask) of running text: every token is a target."""
-    ids = tokenizer.encode(text)
-    return ids, [1] * len(ids)
+def rendered(tokenizer, messages):
+    """(ids, mask) of a conversation; of running text, all of whose tokens are targets, as many as it takes: a row holds documents whole."""
+    if "role" in messages[0]:
+        return [tokenizer.render_chat(messages)]
+    ids = tokenizer.encode(messages[0]["content"])
+    return [(ids[at:at + PIECE], [1] * len(ids[at:at + PIECE])) for at in range(0, len(ids), PIECE)]
 
 
 def knowing(tokenizer, conversations):

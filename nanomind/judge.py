@@ -33,14 +33,14 @@ def answers(model, prompts, max_new_tokens, stop, sampling=GREEDY, batch=32, fea
 
 
 def questions(rows, count):
-    """Prompts of `count` documents spread over PackedTokens with a mask: everything before the first target. -> (lists of ids, features of the
-    pictures in each, (m, P, E) or None). Each prompt once: of a preference pair both documents begin with it, and asked twice it would halve the
-    share of different n-grams."""
+    """Prompts of `count` documents spread over PackedTokens with a mask: everything before the first target; running text among them asks nothing.
+    -> (lists of ids, features of the pictures in each, (m, P, E) or None). Each prompt once: of a preference pair both documents begin with it, and
+    asked twice it would halve the share of different n-grams."""
     split, prompts, features = rows.split, [], []
     for document in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int):
         first, last = int(split.starts[document]), int(split.starts[document] + split.lengths[document])
         marked = np.flatnonzero(split.mask[first:last])
-        prompt = np.asarray(split.tokens[first:first + marked[0]]).tolist() if len(marked) else None
+        prompt = np.asarray(split.tokens[first:first + marked[0]]).tolist() if len(marked) and marked[0] > 1 else None
         numbers = rows.pictures(first, first + marked[0])[1] if prompt and rows.features is not None else ()
         if prompt and (prompt not in prompts or len(numbers)):
             prompts.append(prompt)

@@ -165,7 +165,7 @@ class Describe(NextToken):
 
 class Distill(NextToken):
     """Learn a teacher's whole distribution at the target positions, beside the data's own next token. What the teacher thinks of the training
-    data does not change: of data that is gone through again and again its hidden states at the targets are computed once (`TeacherStates`)."""
+    data does not change: where its hidden states at the targets fit, they are computed once (`TeacherStates`)."""
 
     def __init__(self, run):
         self.teacher, self.alpha, self.temperature = run.teacher.eval().requires_grad_(False), run.cfg.alpha, run.cfg.distill_temperature

@@ -429,10 +429,8 @@ def test_distill_stage(journey, monkeypatch, tmp_path, tiny):
         train.main(settings("distill", preset=str(tiny), run="other", teacher=str(foreign)))
 
 
-def test_dpo_stage_and_exact_resume(journey, monkeypatch):
-    """A reference recomputed after a resume is the half-trained policy: the loss jumps back to ln 2. Stopped in the middle and resumed must equal
-    uninterrupted, bit by bit."""
-    stages_in(journey, monkeypatch)
+def stopped_and_resumed(stage, monkeypatch, **more):
+    """Stopped in the middle and resumed must equal uninterrupted, bit by bit."""
     for run in ("whole", "halves"):
         real, count = train.Trainer.take_step, [0]
 
@@ -441,12 +439,42 @@ def test_dpo_stage_and_exact_resume(journey, monkeypatch):
             self.stop_asked = run == "halves" and count[0] == 5
             return real(self, begin)
         monkeypatch.setattr(train.Trainer, "take_step", counted)
-        code = train.main(settings("dpo", run=run, init="out/demo/sft", lr=1e-3, steps=24))
+        code = train.main(settings(stage, run=run, **more))
         monkeypatch.setattr(train.Trainer, "take_step", real)
         assert code == (130 if run == "halves" else 0)
-    assert train.main(dict(stage="dpo", run="halves", resume=True)) == 0
-    a, b = (load_file(f"out/{run}/dpo/model.safetensors") for run in ("whole", "halves"))
+    assert train.main(dict(stage=stage, run="halves", resume=True)) == 0
+    a, b = (load_file(f"out/{run}/{stage}/model.safetensors") for run in ("whole", "halves"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sft_of_the_built_in_world_reads_on(tmp_path, monkeypatch):
+    """Without text beside the chats SFT loses what was only read. What is there already is not written again."""
+    monkeypatch.setattr(stages.demo, "write", lambda folder, files: [(folder / file).write_text("{}") for file in files])
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "sft.jsonl").write_text("mine")
+    found = stages.raw_files(TrainConfig(stage="sft"), stages.STAGES["sft"], tmp_path)
+    assert [path.name for path in found] == ["sft.jsonl", "recall.jsonl"] and [path.read_text() for path in found] == ["mine", "{}"]
+
+
+def test_distillation_reads_little_data_with_the_teacher_once_and_resumes_exactly(journey, monkeypatch, tiny):
+    """What the teacher thinks of the data was computed anew in every step; what does not fit still is."""
+    stages_in(journey, monkeypatch)
+    made, real = [], objectives.TeacherStates.__init__
+    monkeypatch.setattr(objectives.TeacherStates, "__init__", lambda self, teacher, rows, machine: (made.append(teacher.training), real(self, teacher, rows, machine))[1])
+    more = dict(preset=str(tiny), teacher="out/demo/sft", steps=24, lr=0.01)
+    stopped_and_resumed("distill", monkeypatch, **more)
+    assert made == [False] * 3  # two runs and a resumed one, the teacher in eval mode
+    monkeypatch.setattr(objectives.TeacherStates, "LARGEST", 10)
+    assert train.main(settings("distill", run="anew", **more)) == 0 and len(made) == 3
+    kept, anew = (load_file(f"out/{run}/distill/model.safetensors") for run in ("whole", "anew"))
+    for name in kept:
+        torch.testing.assert_close(anew[name], kept[name], rtol=0, atol=1e-4)
+
+
+def test_dpo_stage_and_exact_resume(journey, monkeypatch):
+    """A reference recomputed after a resume is the half-trained policy: the loss jumps back to ln 2."""
+    stages_in(journey, monkeypatch)
+    stopped_and_resumed("dpo", monkeypatch, init="out/demo/sft", lr=1e-3, steps=24)
     found = records("out/whole/dpo", "val_loss")
     assert found[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and found[-1]["val_loss"] < found[0]["val_loss"]
     assert found[-1]["accuracy"] >= found[0]["accuracy"] and found[-1]["margin"] > 0

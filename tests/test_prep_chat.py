@@ -249,6 +249,13 @@ def test_running_text_beside_chats_is_a_target_from_end_to_end(tmp_path, tok):
     assert folder.tokenizer.decode(folder.train.tokens[first + 1:last].tolist()) == "<|im_end|> 你 the" and all(folder.train.mask[first + 1:last])
     assert folder.tokenizer.im_end not in folder.train.tokens[first:last]  # content is never parsed for special tokens
     assert not all(folder.train.mask[1:first])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "你" * 1000}) + "\n", encoding="utf-8")
+    prepare("chat", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tok, tmp_path / "long", val_share=0)
+    folder = open_folder(tmp_path / "long")
+    assert PackedTokens(folder.train, folder.tokenizer, 256, 2, whole=True).left_out == {}  # as it is, a long text would be left out
+    assert folder.tokenizer.decode(np.asarray(folder.train.tokens[folder.train.starts[1]:]).tolist(), specials=False) == "你" * 1000
+    assert judge.questions(PackedTokens(folder.train, folder.tokenizer, 256, 2, whole=True), 9)[0] == [
+        np.asarray(folder.train.tokens[:np.flatnonzero(folder.train.mask)[0]]).tolist()]  # text asks nothing: only the chat is judged
     with pytest.raises(ValueError, match=r"b\.jsonl: only running text, which is for python -m data_prep\.text"):
         prepare("chat", [tmp_path / "b.jsonl"], tok, tmp_path / "alone")
 

@@ -5,7 +5,7 @@ Next: data_prep/demo/__main__.py
 
 from data_prep.demo.chats import as_documents, write_prompts, write_sft
 from data_prep.demo.preferences import write_dpo
-from data_prep.demo.pretrain import documents, write_lines, write_pretrain
+from data_prep.demo.pretrain import write_pretrain
 from data_prep.demo.scenes import write_scenes
 
 FILES = ("pretrain.jsonl", "sft.jsonl", "recall.jsonl", "prompts.jsonl", "dpo.jsonl", "replay.jsonl", "scenes/train.jsonl")
@@ -16,7 +16,7 @@ def write(out, seed=0, exposures=140, asked=36, mixed=8, files=FILES):
     each fact is also asked about in the pretraining text, as dialogues written out; `files` are those that are wanted. recall.jsonl: pretraining
     text for beside the chats, so that over them it is not forgotten."""
     writers = {"pretrain.jsonl": lambda: write_pretrain(out, seed, exposures, as_documents(seed, mixed) if mixed else ()),
-               "sft.jsonl": lambda: write_sft(out, seed, asked),
-               "recall.jsonl": lambda: write_lines(out, "recall.jsonl", ({"text": text} for text in documents(f"{seed} recall", 3 * asked))), "prompts.jsonl": lambda: write_prompts(out, seed), "dpo.jsonl": lambda: write_dpo(out, seed),
+               "sft.jsonl": lambda: write_sft(out, seed, asked), "recall.jsonl": lambda: write_pretrain(out, f"{seed} recall", 3 * asked, name="recall.jsonl"),
+               "prompts.jsonl": lambda: write_prompts(out, seed), "dpo.jsonl": lambda: write_dpo(out, seed),
                "replay.jsonl": lambda: write_prompts(out, f"{seed} replay", 3, "replay.jsonl"), "scenes/train.jsonl": lambda: write_scenes(out, seed)[0]}
     return [writers[file]() for file in files]

@@ -12,7 +12,7 @@ from data_prep.demo.world import LANGUAGES, passages, sections
 
 REFUSED = 0.175  # of all conversations
 READ = 0.08  # of those about something: the answer stands before the question
-FEW = 25  # facts
+FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "bored", "ok")
 NUMBERS = {"zh": {2: "两", 3: "三", 4: "四", 5: "五"}, "en": {2: "two", 3: "three", 4: "four", 5: "five"}}
@@ -177,7 +177,7 @@ def reading(dice, lang):
 
 def conversations(seed=0, exposures=20):
     """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in each language (what
-    kind of thing something is: a quarter of that; of a relation with few facts, whose questions would be rare: twice that); the rest is in proportion."""
+    kind of thing something is: a quarter of that; of a relation with few facts: twice that); the rest is in proportion."""
     if exposures < 1:
         raise ValueError(f"the number of times each fact is asked about is {exposures}, at least 1 is needed")
     dice, found = Dice(f"chats {seed}"), []

@@ -10,8 +10,8 @@ from data_prep.demo.wording import answer, ask, decline, fill, known, said, swap
 from data_prep.demo.world import LANGUAGES, sections
 
 # Chats hold the full and the curt answer in much the same share, so before DPO neither is preferred; now the full one is. Inventing an answer
-# ("invented") is as wrong as declining what one knows ("shy"): with one of the two alone a model learns to decline everything, or nothing. The
-# other kinds are few: a model that has learnt its chats rates them right from the start.
+# ("invented") is as wrong as declining what one knows ("shy"), and the two have to balance: with few of the second a model declines more of what
+# it knows. The other kinds are few: a model that has learnt its chats rates them right from the start.
 KINDS = ["curt"] * 46 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 10 + ["shy"] * 12
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 

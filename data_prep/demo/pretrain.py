@@ -176,6 +176,6 @@ def write_lines(out, name, records):
     return path
 
 
-def write_pretrain(out, seed=0, exposures=140, more=()):
-    """Write OUT/pretrain.jsonl and return its path; `more` are further documents to mix in."""
-    return write_lines(out, "pretrain.jsonl", ({"text": text} for text in documents(seed, exposures, more)))
+def write_pretrain(out, seed=0, exposures=140, more=(), name="pretrain.jsonl"):
+    """Write OUT/NAME and return its path; `more` are further documents to mix in."""
+    return write_lines(out, name, ({"text": text} for text in documents(seed, exposures, more)))
