@@ -87,13 +87,14 @@ class ModelConfig:
         return cls(**found, qk_norm=kind == "qwen3")
 
 
+FEW_MINUTES = {"seq_len": 256, "batch_size": 8, "lr": 0.02, "adam_lr": 0.008}  # short rows, high rates: docs/recipe.md, "One change at a time"
 PRESETS = {  # name: (model, run defaults that go with the size)
     "pico": (ModelConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=32, intermediate_size=256,
-                         qk_norm=True), {"batch_size": 4}),  # 0.91M: a student for demo and nano
+                         qk_norm=True), FEW_MINUTES),  # 0.91M: a student for demo and nano
     "demo": (ModelConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
-                         qk_norm=True), {"batch_size": 4}),  # 2.80M, 2.16M with the built-in world's vocabulary of 3,072
+                         qk_norm=True), FEW_MINUTES),  # 2.80M, 2.16M with the built-in world's vocabulary of 3,072
     "nano": (ModelConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
-                         qk_norm=True), {"batch_size": 4}),  # 3.59M
+                         qk_norm=True), FEW_MINUTES),  # 3.59M
     "small": (ModelConfig(), {"clip": "ViT-B-16"}),  # 25.83M
     "base": (ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048, head_dim=96), {"clip": "ViT-B-16"}),  # 104.03M
 }
@@ -154,7 +155,7 @@ class TrainConfig:
     accumulate: int = knob(1, "forward passes in an optimiser step; 1 x 8 equals 8 x 1 exactly")
     # optimiser
     optimizer: str = knob("muon", "muon (matrices by Muon, the rest by AdamW) or adamw", ("muon", "adamw"))
-    lr: float = knob(0.01, "peak learning rate of the matrices (muon) or of everything (adamw)")
+    lr: float = knob(0.01, "peak learning rate of the matrices (muon) or of everything (adamw: by default 0.003)")
     adam_lr: float = knob(0.004, "with muon: peak learning rate of embeddings and norms")
     weight_decay: float = knob(0.1, "on matrices only, decoupled")
     beta1: float = knob(0.9, "AdamW's first-moment decay")
@@ -225,6 +226,8 @@ def settle(given, stage_defaults=None):
     base = TrainConfig(**{**(stage_defaults or {}), **given})
     model, preset_defaults = load_preset(base.preset or "nano")
     cfg = replace(base, **{**preset_defaults, **(stage_defaults or {}), **given})
+    if cfg.optimizer == "adamw" and "lr" not in {**(stage_defaults or {}), **given}:
+        cfg = replace(cfg, lr=0.003)  # what is right for Muon is too high here
     problems = [f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {what}" for name, what, fine in (
         ("steps", "0 or more", cfg.steps >= 0), ("tokens", "0 or more", cfg.tokens >= 0), ("epochs", "0 or more", cfg.epochs >= 0),
         ("time_limit", "0 or more minutes", cfg.time_limit >= 0), ("seq_len", "at least 2", cfg.seq_len >= 2),

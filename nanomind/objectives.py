@@ -24,12 +24,16 @@ def filled(x):
     return F.pad(x, (0, 0, 0, -len(x) % ROUND))
 
 
+def log_z(logits, p):
+    """log of the sum of exp(logits), (n, 1). The softmax p of the largest logit is exp(largest) / z: no further exponentials are needed."""
+    return logits.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())
+
+
 def cross_entropy(labels, weights=None):
     """The rule of next-token prediction for HeadLoss: sum of -log p(label), times `weights` when given. labels, weights: (N,)."""
     def rule(logits, rows):
         label, p = labels[rows, None], logits.softmax(-1)
-        largest = logits.amax(dim=-1, keepdim=True)  # (n, 1); its p is 1 / z, so log z costs no sum of exponentials of its own
-        nll = largest.sub_(logits.gather(1, label)).sub_(p.amax(dim=-1, keepdim=True).log_())
+        nll = log_z(logits, p).sub_(logits.gather(1, label))
         grad = p.scatter_add_(1, label, torch.full_like(nll, -1.0))  # d nll / d logits = p - onehot
         if weights is None:
             return nll.sum(), grad
@@ -44,11 +48,10 @@ def distillation(labels, teacher_logits, alpha, temperature, sums):
     plain = cross_entropy(labels)
 
     def rule(logits, rows):
-        student = (logits / temperature).log_softmax(-1)
-        teacher = (teacher_logits(rows) / temperature).log_softmax(-1)
-        p = teacher.exp()
-        kl = (p * (teacher - student)).sum()
-        grad = student.exp_().sub_(p).mul_((1 - alpha) * temperature)
+        student, teacher = (x if temperature == 1 else x / temperature for x in (logits, teacher_logits(rows)))
+        q, p = student.softmax(-1), teacher.softmax(-1)
+        kl = (teacher - student).mul_(p).sum() + (log_z(student, q) - log_z(teacher, p)).sum()  # sum of p (log p - log q)
+        grad = q.sub_(p).mul_((1 - alpha) * temperature)
         ce, ce_grad = plain(logits, rows)
         sums["ce"] += ce
         sums["kl"] += kl

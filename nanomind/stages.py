@@ -20,8 +20,6 @@ from nanomind.records import find_files
 from nanomind.tokenizer import Tokenizer
 from nanomind.vision import Features, add_eyes, load_encoder, matching_encoder
 
-BUILTIN_TOKENS = 2.6e6  # about what the built-in corpus gives
-
 
 CHAT_PROMPTS = ("请介绍一下自己。", "Introduce the history of the United States, please.")
 
@@ -39,6 +37,7 @@ class Stage:
     demo: dict = field(default_factory=dict)  # of TrainConfig, over those, when it trains on the built-in world
     replay: tuple = ()  # stages of the same run; on the built-in world the first that exists answers questions beside, so that what it knew is not forgotten
     minutes: float = 4.0  # of a run on the built-in corpus without a length; rows that share a --time-limit share it in proportion
+    tokens: float = 1e6  # about what its built-in corpus gives, for a dry run
 
     @property
     def chat(self):
@@ -60,16 +59,17 @@ EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
 SHORT = {"vocab_size": 3072, "seq_len": 256, "batch_size": 8}  # the built-in world is small and its documents are short: small is cheaper
 STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
-                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7),
-    "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.0),
-    "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico"}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
-                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.4),
+                      demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7, tokens=2.6e6),
+    "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"seq_len": 512, "lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.1, tokens=4.8e6),
+    "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
+                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.8, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 4.5e-5}, minutes=0.8),
-    "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"weight_decay": 0.0}, (), EYES, "projector.", SHORT, ("dpo", "sft"), 1.2),
-    "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
-                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.2),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 5e-5}, minutes=0.8, tokens=0.45e6),
+    "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"seq_len": 512, "weight_decay": 0.0}, (), EYES, "projector.",
+                   SHORT, ("dpo", "sft"), 1.1),
+    "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"seq_len": 512, "lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
+                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.0),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
@@ -160,7 +160,7 @@ def prepared(cfg):
 def estimated_tokens(cfg):
     """About how many tokens the raw files of a run will give (3.5 bytes of text make a token, a compressed byte holds four), for a dry run."""
     if not cfg.data:
-        return BUILTIN_TOKENS
+        return STAGES[cfg.stage].tokens
     return sum(file.stat().st_size * (4 if file.suffix in (".gz", ".xz") else 1) for file in find_files(parts(cfg.data))) / 3.5
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
-from nanomind import bins, checkpoint, optim, plan
+from nanomind import bins, checkpoint, optim, plan, stages
 from nanomind.config import ModelConfig, TrainConfig, load_preset, parse_flags, settle
 from nanomind.model import LanguageModel
 from nanomind.data import IGNORE, Batch, PackedTokens
@@ -139,6 +139,13 @@ def test_optimiser_groups(tiny):
 
 
 # ---- the loop itself
+
+def test_each_optimiser_has_a_rate_of_its_own():
+    """Muon's would tear the embeddings apart under AdamW. What is given, or what a stage was tuned with, stays."""
+    assert [settle(given)[0].lr for given in ({}, {"preset": "small"}, {"optimizer": "adamw"}, {"optimizer": "adamw", "lr": 0.5})] == [0.02, 0.01, 0.003, 0.5]
+    assert settle({}, {"optimizer": "adamw", "lr": 1e-4})[0].lr == 1e-4
+    assert settle({})[0].seq_len == 256 and settle({}, stages.defaults({"stage": "sft", "data": "x"}))[0].seq_len == 512  # conversations are longer
+
 
 def test_the_loop_divides_the_sum_once(here, fast, monkeypatch):
     """The same steps as 1 x 8 rows and as 8 x 1, with very unequal numbers of targets, must give the same weights: of the real loop."""
@@ -415,6 +422,8 @@ def test_plan_and_batch_without_training(here, fast, capsys):
     """--dry-run and --show-batch look, and leave nothing behind."""
     assert not train.main({"preset": "base", "dry_run": True})
     assert "104.03M parameters (104,030,976)" in capsys.readouterr().out and not Path("out").exists()
+    assert not train.main({"stage": "sft", "preset": "demo", "dry_run": True})
+    assert "about 4.8M tokens in the data" in capsys.readouterr().out  # of the built-in world's chats, not of its running text
     assert not train.main({**fast, "dry_run": True}) and not Path("out").exists()
     assert "20 steps" in capsys.readouterr().out
     assert not train.main({**fast, "show_batch": True}) and not Path("out").exists()

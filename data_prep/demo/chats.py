@@ -210,7 +210,7 @@ def write_sft(out, seed=0, exposures=20):
     return write_lines(out, "sft.jsonl", ({"conversations": each} for each in conversations(seed, exposures)))
 
 
-def prompts(seed=0, times=6):
+def prompts(seed=0, times=9):
     """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
     read. Every fact is asked about `times` times in each language (what kind of thing something is: a quarter of that)."""
     dice, found = Dice(f"prompts {seed}"), []
@@ -229,7 +229,7 @@ def prompts(seed=0, times=6):
     return dice.shuffled(found)
 
 
-def write_prompts(out, seed=0, times=6, name="prompts.jsonl"):
+def write_prompts(out, seed=0, times=9, name="prompts.jsonl"):
     """Write OUT/NAME (complete or not at all) and return its path."""
     return write_lines(out, name, ({"prompt": question} for question in prompts(seed, times)))
 
