@@ -118,10 +118,10 @@ class PackedTokens:
             targets = np.add.reduceat(np.asarray(self.split.mask, dtype=np.int64), self.starts) if len(self.starts) else sizes
         if self.features is not None:
             sizes = sizes + (self.features.patches - 1) * np.diff(np.searchsorted(self.marks, np.append(self.starts, self.ends[-1:])))
-        self.targets = targets  # of each document
-        sizes, targets = sizes.reshape(-1, self.group).sum(1), targets.reshape(-1, self.group).min(1)
-        long, empty = sizes > self.T, targets < 1
+        sizes, fewest = sizes.reshape(-1, self.group).sum(1), targets.reshape(-1, self.group).min(1)
+        long, empty = sizes > self.T, fewest < 1
         usable = np.flatnonzero(~long & ~empty)
+        self.targets = targets * np.repeat(~long & ~empty, self.group)  # of each document; 0 of those left out
         self.left_out = {reason: int(count) for reason, count in ((f"longer than {self.T} tokens", long.sum()),
                                                                   ("without a target", (empty & ~long).sum())) if count}
         self.bins = [(usable[packed][:, None] * self.group + np.arange(self.group)).ravel() for packed in pack_whole(sizes[usable], self.T)]
@@ -210,9 +210,10 @@ class PackedTokens:
             kinds[documents == document] = int(self.chinese[text].sum() <= 0.3 * self.token_bytes[text].sum())
         return kinds
 
-    def every_row(self):
-        """Batches that hold each row once, in the order of the data."""
-        for at in range(0, self.rows, self.B):
+    def every_row(self, what="rows"):
+        """Batches that hold each row once, in the order of the data; a bar called `what` shows how far they are."""
+        from tqdm import tqdm
+        for at in tqdm(range(0, self.rows, self.B), desc=what, unit="batch", disable=None, leave=False, dynamic_ncols=True):
             yield self._collate(range(at, min(at + self.B, self.rows)))
 
     def validation(self, tokens):

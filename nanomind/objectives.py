@@ -200,12 +200,12 @@ class TeacherStates:
     """The teacher's last hidden states at all targets of packed documents, in the order of the documents: (targets, C), in the dtype of the
     head's products."""
 
-    LARGEST = 256e6  # bytes: more are computed in every step, as they would be for data that is seen once
+    LARGEST = 1e9  # bytes in fp32, half of that where products are bf16: more are computed in every step, as they would be for data that is seen once
 
     def __init__(self, teacher, rows, machine):
         self.first = torch.from_numpy(np.concatenate(([0], np.cumsum(rows.targets)[:-1])))  # of each document
         self.kept = None
-        for batch in rows.every_row():
+        for batch in rows.every_row("the teacher reads"):
             batch = batch.to(machine.device)
             with machine.autocast(), torch.no_grad():
                 found, _, chosen = targets(teacher, batch)
@@ -293,7 +293,7 @@ class DPO:
 def reference_log_probs(model, rows, machine):
     """Log-probability of every answer under `model`, (documents,) fp32; nan for documents that are left out. rows: PackedTokens of pairs."""
     found = torch.full((len(rows.starts),), float("nan"))
-    for batch in rows.every_row():
+    for batch in rows.every_row("the reference reads"):
         batch = batch.to(machine.device)
         with machine.autocast():
             hidden, labels, chosen = targets(model, batch)

@@ -109,6 +109,7 @@ def test_states_kept_of_the_teacher_equal_those_computed_anew():
     assert len(rows.left_out) == 2 and rows.rows > 4
     objective, different = distill(0.3), []
     states = objectives.TeacherStates(objective.teacher, rows, choose_device("cpu", "fp32", 0))
+    assert len(states.kept) == rows.targets.sum() == sum(batch.n_targets for batch in rows.every_row())  # none for what is left out
     for batch in map(rows.batch, range(6)):
         found = []
         for objective.states in (None, states):
