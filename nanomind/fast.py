@@ -99,8 +99,8 @@ class Step:
             if config.qk_norm:
                 stretch.append(torch.cat((attention.q_norm.weight.expand(H, D), attention.k_norm.weight.expand(K, D))).float())
         self.norm, self.head = self.both(model.model.norm), alone(model.lm_head)
-        # QK-norm's weights are multiplied into the cosines and sines, once a step for all layers: (L or 1, H + K, D)
-        self.stretch = torch.stack(stretch).detach() if stretch else torch.ones(1, H + K, D, device=self.signs.device)
+        # QK-norm's weights are multiplied into the cosines and sines, once a step for all layers: (L or 1, H + K, 2, D/2)
+        self.stretch = (torch.stack(stretch).detach() if stretch else torch.ones(1, H + K, D, device=self.signs.device)).unflatten(-1, (2, -1))
 
     def both(self, norm):
         """The weight of an RMSNorm for rms_norm, (2, C)."""
@@ -108,39 +108,49 @@ class Step:
 
     def rms_norm(self, x, weight):
         """x / rms(x) * weight as a layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of x: two operations instead of
-        nine. x: (..., C), weight: (2, C) or None."""
-        twice = x[..., None, :] * self.signs  # (..., 2, C)
-        return F.layer_norm(twice, twice.shape[-2:], weight, None, self.eps)[..., 0, :]
+        nine. x: (n, C), weight: (2, C) or None."""
+        twice = x.unsqueeze(1) * self.signs  # (n, 2, C)
+        return torch.layer_norm(twice, twice.shape[1:], weight, None, self.eps).select(1, 0)
 
     def turns(self, position, dtype):
-        """For each layer what to multiply queries and keys by, and what their swapped halves, to turn them to `position`: two lists of (H + K, D)."""
+        """For each layer what to multiply queries and keys by, and what their swapped halves, to turn them to `position`: two lists of
+        (H + K, 2, D/2)."""
         cos, sin = (x[0] for x in rope_table(self.config, position, 1, self.signs.device))  # (1, D/2)
-        straight = self.stretch * torch.cat((cos, cos), dim=-1)
-        across = self.stretch.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * torch.cat((-sin, sin), dim=-1)
-        L = len(self.layers)
-        return [x.to(dtype).expand(L, -1, -1).unbind() for x in (straight, across)]
+        straight = self.stretch * torch.stack((cos, cos), dim=1)
+        across = self.stretch.flip(-2) * torch.stack((-sin, sin), dim=1)
+        return [x.to(dtype).expand(len(self.layers), -1, -1, -1).unbind() for x in (straight, across)]
 
     def __call__(self, ids, cache):
         """ids: (B,) -> logits (B, V) fp32; the tokens are now in the cache."""
-        config, S = self.config, cache.length + 1
+        was = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = was and len(ids) > 1  # oneDNN copies the weights into another order first, which one row does not repay
+        try:
+            return self.run(ids, cache)
+        finally:
+            torch.backends.mkldnn.enabled = was
+
+    def run(self, ids, cache):
+        config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
         x = self.embed(ids)  # (B, C)
         mask = attention_mask(1, cache.remember_docs(None, 1), S, x.dtype, x.device)
         straight, across = self.turns(cache.length, x.dtype)
-        all_keys, all_values = cache.keys[:, :, :, :S].unbind(), cache.values[:, :, :, :S].unbind()
+        keys, values = (kept[:, :, :, :S].unbind() for kept in (cache.keys, cache.values))  # of each layer: (B, K, S, D)
+        new_keys, new_values = (kept[:, :, :, S - 1].unbind() for kept in (cache.keys, cache.values))  # (B, K, D)
         for i, (attention_norm, qkv, o, mlp_norm, gate_up, down) in enumerate(self.layers):
-            heads = product(self.rms_norm(x, attention_norm), qkv).view(len(ids), -1, D)  # (B, H + 2 K, D)
-            turned, v = heads.split((H + K, K), dim=1)
+            turned, v = product(self.rms_norm(x, attention_norm), qkv).view(B, -1, D).split_with_sizes((H + K, K), 1)
             if config.qk_norm:
-                turned = self.rms_norm(turned, None)
-            swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-            turned = torch.addcmul(turned * straight[i], swapped, across[i])
-            all_keys[i][:, :, -1], all_values[i][:, :, -1] = turned[:, H:], v
-            q = turned[:, :H].unflatten(1, (K, -1))  # (B, K, H/K, D): the queries that share a key, as if they followed one another
-            found = F.scaled_dot_product_attention(q, all_keys[i], all_values[i], attn_mask=mask)
-            x = x + product(found.flatten(1), o)
-            gate, up = product(self.rms_norm(x, mlp_norm), gate_up).chunk(2, dim=-1)
+                turned = self.rms_norm(turned.reshape(-1, D), None)
+            turned = turned.view(B, -1, 2, D // 2)
+            turned = (turned * straight[i]).addcmul_(turned.flip(2), across[i]).view(B, -1, D)
+            q, k = turned.split_with_sizes((H, K), 1)
+            new_keys[i].copy_(k)
+            new_values[i].copy_(v)
+            q = q.view(B, K, -1, D)  # (B, K, H/K, D): the queries that share a key, as if they followed one another
+            found = F.scaled_dot_product_attention(q, keys[i], values[i], attn_mask=mask)
+            x = x + product(found.reshape(B, -1), o)
+            gate, up = product(self.rms_norm(x, mlp_norm), gate_up).split(config.intermediate_size, 1)
             x = x + product(F.silu(gate).mul_(up), down)
         cache.length = S
         return product(self.rms_norm(x, self.norm), self.head).float()

@@ -33,38 +33,33 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
-def filter_logits(logits, seen, sampling):
-    """Apply the penalty, the temperature and the cuts. logits: (B, V) fp32, seen: (B, V) bool -> (B, V), -inf where cut."""
+def candidates(logits, seen, sampling):
+    """Apply the penalty, the temperature and the cuts. logits: (B, V) fp32, seen: (B, V) bool -> logits, -inf where cut, and ids of the n tokens
+    that are left at most, (B, n) each, likeliest first."""
     if sampling.repetition_penalty != 1.0:
         # CTRL's rule (arXiv:1909.05858): divide what is positive and multiply what is negative, else a seen token would become likelier
         punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, punished, logits)
     if sampling.temperature == 0:
-        return logits
+        return logits.max(dim=-1, keepdim=True)
+    some = 0 < sampling.top_k < logits.size(-1)
+    logits, ids = logits.topk(sampling.top_k) if some else logits.sort(descending=True)  # first: what is cut need not be looked at again
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.size(-1):
-        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if sampling.top_p < 1.0:
-        ordered, places = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= sampling.top_p  # the likeliest token is never cut ...
-        beyond[:, 0] = False  # ... not even at top_p 0
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, places, beyond), float("-inf"))
-    if sampling.min_p > 0:
-        p = logits.softmax(dim=-1)
-        logits = logits.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), float("-inf"))
-    return logits
+    p = logits.softmax(dim=-1)
+    cut = (p.cumsum(dim=-1) - p >= sampling.top_p) & (sampling.top_p < 1.0) | (p < sampling.min_p * p[:, :1])
+    cut[:, 0] = False  # the likeliest token is never cut, not even at top_p 0
+    return logits.masked_fill(cut, float("-inf")), ids
 
 
 def choose(logits, seen, sampling, generators):
     """Next ids, (B,). Each row draws from a generator of its own, so a row's text does not depend on its neighbours."""
-    logits = filter_logits(logits, seen, sampling)
+    V, (logits, ids) = logits.size(-1), candidates(logits, seen, sampling)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    # the Gumbel-max trick: argmax of log p + Gumbel noise is a draw from p
-    noise = torch.stack([torch.empty(logits.size(-1)).exponential_(generator=g) for g in generators]).log().neg()
-    return (logits + noise.to(logits.device)).argmax(dim=-1)
+        return ids[:, 0]
+    # the Gumbel-max trick: argmax of log p + Gumbel noise is a draw from p. The noise belongs to ids, not to places: two that are all but equally
+    # likely may change places by rounding
+    noise = torch.stack([torch.empty(V).exponential_(generator=g) for g in generators]).to(ids.device).gather(1, ids).log().neg()
+    return ids.gather(1, (logits + noise).argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def prepare(model, device="auto", precision="auto", threads=0, int8=False):

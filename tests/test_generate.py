@@ -10,7 +10,7 @@ import torch
 import train
 from conftest import ROOT
 from nanomind.config import ModelConfig
-from nanomind.generate import Sampling, choose, complete, filter_logits, generate
+from nanomind.generate import Sampling, candidates, choose, complete, generate
 from nanomind.model import LanguageModel
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
@@ -87,6 +87,11 @@ def test_impossible_settings_are_refused_all_at_once():
         Sampling(temperature=-1, top_p=2)
 
 
+def left_over(logits, seen, sampling):
+    """The candidates in the order of their ids, (B, V), -inf where cut."""
+    return torch.full_like(logits, float("-inf")).scatter(1, *reversed(candidates(logits, seen, sampling)))
+
+
 def test_repetition_penalty_never_raises_a_seen_token():
     """Dividing a negative logit by the penalty makes the token likelier (MiniMind, early nanochat)."""
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
@@ -94,7 +99,7 @@ def test_repetition_penalty_never_raises_a_seen_token():
     for token in range(4):
         seen = torch.zeros(1, 4, dtype=torch.bool)
         seen[0, token] = True
-        before, after = logits.softmax(-1)[0], filter_logits(logits, seen, sampling).softmax(-1)[0]
+        before, after = logits.softmax(-1)[0], left_over(logits, seen, sampling).softmax(-1)[0]
         assert after[token] < before[token] and all(after[i] > before[i] for i in range(4) if i != token)
 
 
@@ -103,7 +108,9 @@ def test_cuts_keep_what_they_name():
     p = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]])
     def left(**values):
         sampling = Sampling(**{**dict(temperature=1, top_k=0, top_p=1, repetition_penalty=1), **values})
-        return filter_logits(p.log(), torch.zeros_like(p, dtype=torch.bool), sampling)[0].isfinite().sum().item()
+        kept = left_over(p.log(), torch.zeros_like(p, dtype=torch.bool), sampling)[0].isfinite()
+        assert kept.tolist() == sorted(kept.tolist(), reverse=True)  # the likeliest are kept, under their own ids
+        return kept.sum().item()
     assert [left(top_k=k) for k in (0, 1, 3, 9)] == [5, 1, 3, 5]
     assert [left(top_p=x) for x in (0, 0.4, 0.6, 0.8, 1)] == [1, 1, 2, 3, 5]
     assert [left(min_p=x) for x in (0, 0.2, 0.4, 1)] == [5, 3, 2, 1]
