@@ -43,7 +43,7 @@ def command(kind, description):
     parser.add_argument("--val", nargs="+", default=[], metavar="FILE", help="files to validate on; without them a share of the input is held out")
     parser.add_argument("--val-share", type=float, metavar="SHARE", help=f"share of the input held out for validation (default {VAL_SHARE})")
     parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="share of bad records that is still put up with (default 0.01)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes in all (default: all cores for more than a few MB)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes in all (default: 1, for more than {SMALL // 10**6} MB the cores there are, at most {MOST_WORKERS})")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished data folder at --out")
     if kind == "images":
         parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures (default: that of the file that names them, or images/ there)")

@@ -105,9 +105,6 @@ class PackedTokens:
             self.rows = -(-(len(split.tokens) - 1) // seq_len)  # every token but the first is a label once
             self.places = self.rows * seq_len
             self.used = len(split.tokens) - 1
-        if self.rows < 1:
-            left = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
-            raise ValueError(f"{name}: nothing to train on: {len(split.tokens):,} tokens, left out {left or 'nothing'}" + "; raise --seq-len" * ("longer" in left))
 
     def _pack(self, name):
         """Choose the documents that can be used and put them into rows; what is left out is counted by reason."""
@@ -225,7 +222,9 @@ class PackedTokens:
 
     def summary(self):
         """One line: rows, tokens, share of padding and of targets, what was left out."""
-        text = f"{self.rows:,} rows of {self.T}, {self.used:,} tokens, {100 * (1 - self.used / self.places):.2f} % padding"
-        if self.split.mask is not None:
-            text += f", {100 * float(np.mean(self.split.mask)):.0f} % supervised"
+        text = f"{self.rows:,} rows of {self.T}, {self.used:,} tokens"
+        if self.rows:
+            text += f", {100 * (1 - self.used / self.places):.2f} % padding"
+        if self.rows and self.split.mask is not None:
+            text += f", {100 * self.targets.sum() / self.used:.0f} % supervised"
         return text + "".join(f", left out {count} {reason}" for reason, count in self.left_out.items())

@@ -134,6 +134,9 @@ def make_objective(cfg, stage, model, tokenizer, train, val, folder, machine):
         teacher, theirs = load(teacher_folder(cfg))
         if theirs.hash != tokenizer.hash:
             raise ValueError(f"{teacher_folder(cfg)}: the teacher has another tokenizer than the data: prepare the data with --tokenizer {teacher_folder(cfg)}")
+        if teacher.config.vocab_size != model.config.vocab_size:  # some pad their embedding
+            raise ValueError(f"{teacher_folder(cfg)}: the teacher tells {teacher.config.vocab_size:,} tokens apart and the student {model.config.vocab_size:,}: their "
+                             "distributions cannot be compared; let it write answers (python -m data_prep.distill) and train --stage sft on them")
         run.teacher = teacher.to(machine.device).eval()
         run.states = TeacherStates(run.teacher, train, machine) if TeacherStates.fit(run.teacher, train) else None
     if "beta" in stage.flags:
@@ -298,6 +301,11 @@ def datasets(cfg, folder, stage, encoder=None, machine=None):
     made = [PackedTokens(split, folder.tokenizer, cfg.seq_len, cfg.batch_size, cfg.seed, stage.chat, 2 if stage.kind == "pairs" else 1, name,
                          Features(split, folder.path, name, encoder, machine, cfg.feature_budget * 1e9) if encoder else None)
             if len(split.tokens) > 1 else None for name, split in (("train", folder.train), ("val", folder.val))]
-    if made[0] is None:
+    train, val = made
+    if train is None:
         raise ValueError("the data folder has no training documents")
-    return made
+    if not train.rows:
+        raise ValueError(f"train: nothing to train on: {train.summary()}" + "; raise --seq-len" * any("longer" in reason for reason in train.left_out))
+    if val and not val.rows:
+        print(f"val: nothing to validate on: {val.summary()}")
+    return train, val if val and val.rows else None

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import regex
-from conftest import sentences
+from conftest import ROOT, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -98,6 +98,16 @@ def test_the_saved_file_is_the_references_to_the_byte(tmp_path, corpus, pattern)
     reference_tokenizer(texts, 600, pattern=pattern).save(str(tmp_path / "reference.json"), pretty=True)
     ours = (tmp_path / "ours" / "tokenizer.json").read_bytes()
     assert ours == (tmp_path / "reference.json").read_bytes() == (tmp_path / "again" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_real_text_gives_the_references_file(pattern):
+    """Made-up text has few ties and no typography: here prose, tables, code and two languages, until nearly every word is one token."""
+    texts = [path.read_text(encoding="utf-8") for folder in (".", "docs", "nanomind", "data_prep/demo") for path in sorted((ROOT / folder).rglob("*"))
+             if path.suffix in (".md", ".py", ".txt") and (folder != "." or path.parent == ROOT)]
+    ours = learn(texts, 3000, pattern=pattern)
+    assert len(texts) > 40 and len(ours) == 3000
+    assert json.loads(reference_tokenizer(texts, 3259, pattern=pattern).to_str()) == tokenizer_json.build(ours, SPECIALS, pattern)
 
 
 def test_encoding_the_training_text_gives_the_trainers_final_counts(corpus):

@@ -100,6 +100,15 @@ def test_best_fit_packs_tightly():
     assert max(used) <= 512 and sum(used) / (512 * len(packed)) > 0.95
 
 
+def test_the_share_of_targets_is_that_of_the_rows(tokenizer):
+    """What is left out was counted: 75 % were said to be supervised where the rows held 50 %."""
+    split = masked_split([10, 30, 40])
+    split.mask[split.starts[2]:] = 1  # all of it targets, and too long
+    rows = PackedTokens(split, tokenizer, 32, 2, whole=True)
+    kept = sum((rows.row(i)[1] != IGNORE).sum() for i in range(rows.rows))
+    assert rows.left_out and f", {100 * kept / rows.used:.0f} % supervised" in rows.summary() and kept / rows.used == 0.5
+
+
 def test_bits_per_byte_counts_bytes_of_the_source_text(folder):
     """nanochat counted the bytes of decoded tokens; half a character decodes to U+FFFD, three bytes: 193 of its tokens were wrong."""
     rows = PackedTokens(folder.val, folder.tokenizer, 48, 4)

@@ -43,9 +43,11 @@ def without_cache(model, prompt, n):
     return ids[len(prompt):]
 
 
-def test_cache_and_batch_change_nothing(model):
+@pytest.mark.parametrize("chunk", (512, 3, 1))
+def test_cache_and_batch_change_nothing(model, chunk, monkeypatch):
     """A cache that is off by one, or padding that is seen, still writes fluent text, only another one. Greedy ids must be those of the plain forward,
     alone and in a batch of prompts of different lengths."""
+    monkeypatch.setattr("nanomind.generate.PREFILL", chunk)  # tokens of a prompt that are read in one go
     prompts = [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]]
     expected = [without_cache(model, prompt, 20) for prompt in prompts]
     assert [text(model, [prompt], 20)[0] for prompt in prompts] == expected

@@ -145,6 +145,7 @@ def test_no_buffers():
     """Peers keep a T x T mask or a table of positions in every layer; here the weights are all there is."""
     model = LanguageModel(PRESETS["nano"][0])
     assert sum(b.numel() for b in model.buffers()) == 0
+    assert not [name for module in model.modules() for name, value in vars(module).items() if torch.is_tensor(value)]
 
 
 def test_gradient_checkpointing_changes_nothing():

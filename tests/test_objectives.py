@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from conftest import ROOT, sentences
 from nanomind import bins, checkpoint, objectives, stages
-from nanomind.config import ModelConfig, TrainConfig
+from nanomind.config import ModelConfig, TrainConfig, settle
 from nanomind.data import IGNORE, Batch, PackedTokens
 from nanomind.device import choose_device
 from nanomind.model import LanguageModel
@@ -64,6 +65,13 @@ def rows_of(batch, rows):
     return Batch(batch.tokens[rows], batch.labels[rows], batch.doc_ids[rows], group=batch.group)
 
 
+@pytest.fixture(params=(None, (5, 12, 4)), ids=("one block", "many blocks"))
+def blocks(request, monkeypatch):
+    """The head goes through its rows in blocks and chunks: once larger than these batches, as in a real run's small one, once far smaller."""
+    for name, size in zip(("BLOCK", "CHUNK", "ROUND"), request.param or ()):
+        monkeypatch.setattr(objectives, name, size)
+
+
 # ---- distillation
 
 def test_a_student_like_its_teacher_has_nothing_to_learn():
@@ -73,7 +81,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn():
 
 
 @pytest.mark.parametrize("alpha, temperature", ((0.0, 1.0), (0.0, 3.0), (0.3, 2.0)))
-def test_distillation_equals_the_formula_in_fp64(alpha, temperature):
+def test_distillation_equals_the_formula_in_fp64(alpha, temperature, blocks):
     """Direction of the divergence, the factor t^2, positions: loss and gradients against the written-out formula on all logits."""
     objective, model, batch = distill(alpha, temperature), model_of(0), batch_of()
     loss, grad = gradient(objective, model, batch)
@@ -123,7 +131,7 @@ def test_states_kept_of_the_teacher_equal_those_computed_anew():
     assert min(different) < 3  # at the end of an epoch a row came twice in a batch
 
 
-def test_distillation_does_not_depend_on_padding_or_micro_batches():
+def test_distillation_does_not_depend_on_padding_or_micro_batches(blocks):
     """Averages per chunk, or prompt and padding inside the divergence, change the loss with the batch's shape."""
     objective, batch = distill(0.5), batch_of()
     whole = gradient(objective, model_of(0), batch)
@@ -139,6 +147,23 @@ def test_divergence_is_exact_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, sums = distill(teacher=4)(model_of(4), batch_of())
     assert abs(float(sums["kl"])) < 1e-5
+
+
+def test_rules_are_given_fp32_whatever_the_products(monkeypatch):
+    """The divergence of a model from itself is 0 in bf16 too, and a sum in fp32 hides a softmax in bf16: what is computed with is looked at."""
+    seen, real, plain = set(), objectives.distillation, F.cross_entropy
+
+    def distillation(labels, teacher, *rest):
+        rule = real(labels, lambda rows: seen.add(("teacher", teacher(rows).dtype)) or teacher(rows), *rest)
+        return lambda logits, rows: seen.add(("student", logits.dtype)) or rule(logits, rows)
+    monkeypatch.setattr(objectives, "distillation", distillation)
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, *rest, **more: seen.add(("validation", logits.dtype)) or plain(logits, *rest, **more))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distill()(model_of(0), batch_of())
+        model = model_of(0)
+        hidden, labels, _ = objectives.targets(model, batch_of())
+        objectives.token_nll(hidden, model.lm_head.weight, labels, torch.bfloat16)
+    assert seen == {(who, torch.float32) for who in ("teacher", "student", "validation")}
 
 
 def test_the_teacher_is_frozen():
@@ -192,7 +217,7 @@ def test_dpo_starts_at_ln_2():
 
 
 @pytest.mark.parametrize("settings", ({}, {"beta": 0.5, "label_smoothing": 0.2}, {"dpo_loss": "ipo"}))
-def test_dpo_equals_the_formula(settings):
+def test_dpo_equals_the_formula(settings, blocks):
     """Averaged instead of summed log-probabilities, a wrong sign, prompt tokens inside the sum: loss and gradients against the formula on each
     document alone."""
     batch, model = pairs_batch(), model_of(0)
@@ -208,6 +233,12 @@ def test_dpo_equals_the_formula(settings):
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad, torch.cat([q.grad.flatten() for q in plain.parameters()]), atol=2e-5, rtol=1e-3)
+
+
+def test_ipo_has_nothing_to_smooth():
+    """The flag was taken and forgotten."""
+    with pytest.raises(ValueError, match="--label-smoothing 0.2 goes with --dpo-loss sigmoid"):
+        settle({"dpo_loss": "ipo", "label_smoothing": 0.2})
 
 
 def test_dpo_by_hand():
@@ -373,6 +404,11 @@ def test_chats_that_are_too_long_leave_a_finite_loss(journey, monkeypatch, token
     train.main(settings("sft", run="long", init="out/demo/pretrain", data="data/long"))
     assert "left out 30 longer than 128 tokens" in capsys.readouterr().out
     assert all(math.isfinite(line["loss"]) and 0 < line["loss"] < 10 for line in records("out/long/sft", "loss"))
+    Path("longest.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats[1::2]))
+    prepare("chat", ["long.jsonl"], tokenizer_folder, "data/valued", val=["longest.jsonl"], workers=1, overwrite=True)
+    assert train.main(settings("sft", run="valued", init="out/demo/pretrain", data="data/valued")) == 0  # one long chat in a hundred can be all of it
+    said = capsys.readouterr().out
+    assert "val: nothing to validate on: " in said and "left out 30 longer than 128 tokens" in said and "no validation documents" in said
 
 
 def test_one_sample_learnt_by_heart_ends_by_itself(tokenizer, tokenizer_folder, tmp_path, capsys):
@@ -446,6 +482,19 @@ def stopped_and_resumed(stage, monkeypatch, **more):
     assert train.main(dict(stage=stage, run="halves", resume=True)) == 0
     a, b = (load_file(f"out/{run}/{stage}/model.safetensors") for run in ("whole", "halves"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_teacher_with_more_rows_than_ids_is_refused(journey, monkeypatch, tmp_path, tiny):
+    """Some models pad their embedding: the same tokenizer, another size of the head, and a traceback at the first step."""
+    stages_in(journey, monkeypatch)
+    wide = tmp_path / "wide"
+    shutil.copytree("out/demo/sft", wide)
+    config, weights = json.loads((wide / "config.json").read_text()), load_file(wide / "model.safetensors")
+    (wide / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    weights["model.embed_tokens.weight"] = F.pad(weights["model.embed_tokens.weight"], (0, 0, 0, 64))
+    save_file(weights, wide / "model.safetensors")
+    with pytest.raises(ValueError, match=f"the teacher tells {config['vocab_size'] + 64} tokens apart and the student {config['vocab_size']}"):
+        train.main(settings("distill", preset=str(tiny), run="wide", teacher=str(wide)))
 
 
 def test_sft_of_the_built_in_world_reads_on(tmp_path, monkeypatch):

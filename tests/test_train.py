@@ -164,7 +164,8 @@ def test_the_loop_divides_the_sum_once(here, fast, monkeypatch):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
 
 
-def test_the_loop_clips_and_follows_the_curve(here, fast, monkeypatch):
+@pytest.mark.parametrize("accumulate", (1, 3))
+def test_the_loop_clips_and_follows_the_curve(here, fast, monkeypatch, accumulate):
     """Flags that are parsed, logged and forgotten: what the optimiser gets is looked at."""
     seen, real = [], optim.Optimizer.step
 
@@ -173,7 +174,7 @@ def test_the_loop_clips_and_follows_the_curve(here, fast, monkeypatch):
         real(self, scale)
         seen.append((norm, self.parts[-1].param_groups[0]["lr"]))
     monkeypatch.setattr(optim.Optimizer, "step", step)
-    train.main({**fast, "grad_clip": 0.01, "lr": 0.003, "warmup": 0.2})
+    train.main({**fast, "grad_clip": 0.01, "lr": 0.003, "warmup": 0.2, "accumulate": accumulate})
     assert len(seen) == 20 and all(norm == pytest.approx(0.01, rel=1e-3) for norm, _ in seen)
     assert [lr for _, lr in seen] == pytest.approx([0.003 * optim.schedule(s / 20, (s + 1) / 20, 0.2, 1.0) for s in range(20)])
 
@@ -279,21 +280,21 @@ def test_it_learns(here, fast):
     assert {"bpb", "bpb_zh", "bpb_en"} <= lines[-1].keys() and lines[-1]["bpb"] < lines[0]["bpb"]
 
 
-def test_non_finite_step_stops_and_keeps_the_last_save(here, fast):
-    """One NaN step poisons weights and moments, and the next save destroys the run."""
+@pytest.mark.parametrize("poison, said", (
+    (lambda loss: loss * math.nan, "step 8: loss nan"),
+    (lambda loss: loss + (loss - loss.detach()) * 1e38 * 1e38, "step 8: .*gradient norm")), ids=("loss", "gradient alone"))
+def test_non_finite_step_stops_and_keeps_the_last_save(here, fast, monkeypatch, poison, said):
+    """One NaN step poisons weights and moments, and the next save destroys the run. A finite loss may have an infinite gradient."""
     real = NextToken.__call__
     calls = [0]
 
     def poisoned(self, model, batch):
         calls[0] += 1
         loss, metrics = real(self, model, batch)
-        return loss * (math.nan if calls[0] == 8 else 1.0), metrics
-    NextToken.__call__ = poisoned
-    try:
-        with pytest.raises(ValueError, match="step 8: loss nan"):
-            train.main({**fast, "save_every": 5})
-    finally:
-        NextToken.__call__ = real
+        return poison(loss) if calls[0] == 8 else loss, metrics
+    monkeypatch.setattr(NextToken, "__call__", poisoned)
+    with pytest.raises(ValueError, match=said):
+        train.main({**fast, "save_every": 5})
     assert checkpoint.load_progress(Path("out/demo/pretrain"))[1]["step"] == 5
     assert all(w.isfinite().all() for w in weights().values())
 
@@ -368,17 +369,27 @@ def test_time_limit_ends_inside(here, fast):
         train.main({**fast, "time_limit": 1e-6, "run": "none"})
 
 
-def test_precision_is_what_was_asked(here, fast, capsys):
-    """A precision flag that is parsed and forgotten: the linear layers must really compute in it."""
+@pytest.mark.parametrize("name, dtype, gain", (("bf16", torch.bfloat16, 0.5), ("fp32", torch.float32, 3.0)))
+def test_precision_is_what_was_asked(here, fast, capsys, monkeypatch, name, dtype, gain):
+    """A precision flag that is parsed and forgotten: the linear layers must really compute in it, on a machine that would choose the other one."""
+    monkeypatch.setattr("nanomind.device.product_rates", lambda: {torch.float32: 1.0, torch.bfloat16: gain})
     from nanomind.model import Attention
     kinds = []
     real = Attention.forward
     Attention.forward = lambda self, x, *rest: kinds.append(real(self, x, *rest).dtype) or real(self, x, *rest)
     try:
-        train.main({**fast, "steps": 1, "precision": "bf16"})
+        train.main({**fast, "steps": 1, "precision": name})
     finally:
         Attention.forward = real
-    assert kinds[0] == torch.bfloat16 and "bf16 (as asked)" in capsys.readouterr().out
+    assert kinds[0] == dtype and f"{name} (as asked)" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_precision(here, fast, monkeypatch, capsys):
+    """What was measured when it began may come out another way when it goes on."""
+    for gain, more in ((0.5, {}), (3.0, {"resume": True, "steps": 30})):
+        monkeypatch.setattr("nanomind.device.product_rates", lambda: {torch.float32: 1.0, torch.bfloat16: gain})
+        train.main({**fast, "precision": "auto", **more})
+        assert "fp32" in capsys.readouterr().out.splitlines()[0]
 
 
 # ---- mistakes

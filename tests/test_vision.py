@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sample as sample_module
 import train
 from conftest import ROOT
 from data_prep.common import prepare
@@ -18,7 +19,7 @@ from nanomind import bins, checkpoint, judge
 from nanomind.config import ModelConfig, load_preset
 from nanomind.data import PackedTokens
 from nanomind.device import choose_device
-from nanomind.generate import complete, generate
+from nanomind.generate import Sampling, complete, generate
 from nanomind.model import LanguageModel
 from nanomind.objectives import Describe, NextToken
 from nanomind.stages import STAGES, freeze
@@ -283,8 +284,10 @@ def test_kept_features_equal_live_ones(pictures, encoder, tokenizer):
         assert Describe()(model, a)[0].item() == pytest.approx(Describe()(model, b)[0].item(), rel=1e-4)
 
 
-def test_cache_and_batch_change_nothing_with_pictures(pictures, encoder, tokenizer):
+@pytest.mark.parametrize("chunk", (512, 3))
+def test_cache_and_batch_change_nothing_with_pictures(pictures, encoder, tokenizer, chunk, monkeypatch):
     """Greedy text with the cache equals text without it, alone and beside prompts of other lengths, with two pictures, one and none."""
+    monkeypatch.setattr("nanomind.generate.PREFILL", chunk)
     model = seeing(encoder, tokenizer).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -331,6 +334,26 @@ def test_phase_1_trains_the_projector_alone(run):
     assert any(not torch.equal(before[name], phase_2[name]) for name in before)
     losses = [line["loss"] for line in log(run / "out/demo/vlm-1") if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("budget", (0.0, 1.0))
+def test_the_encoder_is_frozen(run, pictures, clip, monkeypatch, budget):
+    """An encoder in training mode, or one that learns, is not the one that the checkpoint names: looked at while it works and after a run, with
+    features that are kept and with features computed for every batch."""
+    monkeypatch.chdir(run)
+    encoders, calls, real = [], [], load_encoder
+
+    def watched(*given):
+        encoders.append(real(*given))
+        tower = encoders[-1].tower
+        tower.conv1.register_forward_hook(lambda *_: calls.append((any(part.training for part in tower.modules()), torch.is_grad_enabled())))
+        return encoders[-1]
+    monkeypatch.setattr("nanomind.vision.load_encoder", watched)
+    train.main(settings(pictures, clip, steps=3, phase="2", init="out/demo/vlm-1", run=f"frozen{budget}", feature_budget=budget))
+    fresh = real(str(clip)).tower.state_dict()
+    expected = {(False, False)} if budget == 0 else set()  # kept ones are there since the first run, and not computed again
+    assert len(encoders) == 1 and set(calls) == expected and not any(p.requires_grad for p in encoders[0].tower.parameters())
+    assert all(torch.equal(fresh[name], value) for name, value in encoders[0].tower.state_dict().items())
 
 
 def test_the_picture_is_used(run):
@@ -433,6 +456,34 @@ def test_sample_says_what_is_wrong(run, tmp_path, clip):
         (tmp_path / "elsewhere").rename(clip)
     code, out, _ = sample(run, "--stage", "vlm", "--prompt", "天地", "--max-new-tokens", 4)
     assert code == 0, "a model with eyes still answers without a picture"
+
+
+def talk(tokenizer, lines, monkeypatch, model, **more):
+    """Lines typed at the terminal -> the Writer that answered them."""
+    writer = sample_module.Writer("", model, tokenizer, Sampling(temperature=0), 8, True, **more)
+    monkeypatch.setattr("builtins.input", lambda _, typed=iter(lines): next(typed, ""))
+    sample_module.converse([writer])
+    return writer
+
+
+def test_a_question_that_is_too_long_does_not_end_the_conversation(encoder, tokenizer, monkeypatch, capsys):
+    """A picture cannot be cut off like text: that one question is refused in a line, and the next one is answered."""
+    model = seeing(encoder, tokenizer)
+    lines = ["/image a.png", "天地" * 300, "/image b.png", "天?"]
+    writer = talk(tokenizer, lines, monkeypatch, model, look=lambda paths: torch.zeros(1, encoder.patches, encoder.width))
+    assert "shorten the prompt" in capsys.readouterr().out
+    assert [turn["role"] for turn in writer.history] == ["user", "assistant"] and len(writer.pictures) == 1
+
+
+def test_forgotten_turns_take_their_pictures_along(encoder, tokenizer, monkeypatch, capsys):
+    """Pictures that stay behind would be shown in the places of later ones."""
+    seen = iter(range(1, 99))
+    writer = talk(tokenizer, [line for i in range(8) for line in ("/image a.png", "天?")], monkeypatch, seeing(encoder, tokenizer),
+                  look=lambda paths: torch.full((1, encoder.patches, encoder.width), float(next(seen))))
+    places = sum(part is None for turn in writer.history if turn["role"] == "user" for part in turn["content"])
+    assert places == len(writer.pictures) < 8 and [int(features[0, 0, 0]) for features in writer.pictures] == list(range(9 - places, 9))
+    said = capsys.readouterr()
+    assert "turns are forgotten" in said.err and "places for pictures" not in said.out
 
 
 def test_flags_of_the_eyes(run, pictures, monkeypatch):
