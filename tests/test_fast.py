@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomind.config import ModelConfig
-from nanomind.fast import Int8Linear, Step, dequantise, int8_product, quantise
+from nanomind.fast import Int8Linear, Packed, Step, dequantise, int8_product, packs, quantise
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -41,12 +41,11 @@ def steps(step, model, prompts, ids, dtype=torch.float32):
 @pytest.mark.parametrize("prompts", ([[5, 7, 11]], [[5, 7, 11], [3, 2, 1], [9, 9, 9]], [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]), ids=("one", "three", "padded"))
 def test_the_step_equals_the_plain_forward(shape, prompts):
     """Fewer and other operations, the same mathematics: norms, rotation, grouped heads, padding, position by position."""
-    model = model_of(SHAPES[shape])
+    model, halved = model_of(SHAPES[shape]), model_of(SHAPES[shape]).to(torch.bfloat16)
     ids = torch.randint(0, 97, (9, len(prompts)), generator=torch.Generator().manual_seed(0))
     plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
     assert plain.std() > 0.3
     torch.testing.assert_close(steps(Step(model), model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
-    halved = model.to(torch.bfloat16)
     rough = steps(Step(halved), halved, prompts, ids, torch.bfloat16)
     assert F.cosine_similarity(rough, plain, dim=-1).min() > 0.995
 
@@ -54,16 +53,33 @@ def test_the_step_equals_the_plain_forward(shape, prompts):
 def test_one_row_goes_past_onednn_and_leaves_it_as_it_was(monkeypatch):
     """It copies all weights for every product; more rows repay that. A setting of the whole process must come back whatever happens."""
     from nanomind import fast
-    model, seen, real = model_of(SHAPES["QK-norm"]), [], fast.product
+    step, seen, real = Step(model_of(SHAPES["QK-norm"]).to(torch.bfloat16)), [], fast.product
     monkeypatch.setattr(fast, "product", lambda *given: seen.append(torch.backends.mkldnn.enabled) or real(*given))
     for rows, expected in ((1, {False}), (3, {True})):
         seen.clear()
-        Step(model)(torch.zeros(rows, dtype=torch.long), KVCache(model.config, rows, 4, torch.float32, "cpu"))
+        step(torch.zeros(rows, dtype=torch.long), KVCache(step.config, rows, 4, torch.bfloat16, "cpu"))
         assert set(seen) == expected and torch.backends.mkldnn.enabled
     monkeypatch.setattr(fast, "product", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Step(model)(torch.zeros(1, dtype=torch.long), KVCache(model.config, 1, 4, torch.float32, "cpu"))
+        step(torch.zeros(1, dtype=torch.long), KVCache(step.config, 1, 4, torch.bfloat16, "cpu"))
     assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("there", (True, False))
+def test_fp32_weights_are_packed_where_they_can_be(monkeypatch, there):
+    """oneDNN's order of the weights is another tensor, which nothing but its own product understands. On a CPU without it the plain ones stay."""
+    if not there:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    model, prompts, ids = model_of(SHAPES["odd"]), [[5, 7, 11], [3]], torch.randint(0, 97, (9, 2), generator=torch.Generator().manual_seed(0))
+    plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    prepare(model, "cpu", "fp32", 1)
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Packed)}
+    assert set(packed) == (set(before) if there and packs(torch.zeros(1)) else set())
+    for name, module in packed.items():
+        assert torch.equal(module.weight.to_dense()[module.rows], before[name])
+    assert model.step.head.is_mkldnn == bool(packed)
+    torch.testing.assert_close(steps(model.step, model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,10 +90,13 @@ def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape):
     prompts = [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]
     for some in (prompts, prompts[:1]):
         assert list(generate(fast, some, 30, (), GREEDY)) == list(generate(model, some, 30, (), GREEDY))
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for layer in fast.step.layers for tensor in layer}
-    held.update((p.untyped_storage().data_ptr(), p.untyped_storage().nbytes()) for p in fast.parameters())
+    held = [fast.step.head, *(tensor for layer in fast.step.layers for tensor in layer), *fast.parameters()]
+    held += [module.weight for module in fast.modules() if isinstance(module, Packed)]
+    held = {id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr(): 4 * tensor.numel() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+            for tensor in held}
     small = sum(2 * p.nbytes for p in model.parameters() if p.dim() == 1)
-    assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small
+    tied = model.lm_head.weight.nbytes if model.config.tie_word_embeddings and packs(model.lm_head.weight) else 0  # tokens read its rows
+    assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small + tied
 
 
 def test_quantising_equals_a_naive_loop():
