@@ -17,9 +17,9 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (made when missing)")
     parser.add_argument("--seed", type=int, default=0, help="another seed mixes the same world differently (default: 0)")
     parser.add_argument("--exposures", type=int, default=140, metavar="N",
-                        help="times each fact is stated in each language; sets the size (default: 140)")
+                        help="times each fact is stated in Chinese, and half as many again in English; sets the size (default: 140)")
     parser.add_argument("--asked", type=int, default=36, metavar="N",
-                        help="times each fact that is not held out is asked about in each language (default: 36)")
+                        help="times each fact that is not held out is asked about in Chinese, and half as many again in English (default: 36)")
     parser.add_argument("--mixed", type=int, default=8, metavar="N",
                         help="the same for dialogues written out in the pretraining text (default: 8)")
     flags = parser.parse_args()

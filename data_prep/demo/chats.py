@@ -8,9 +8,9 @@ import functools
 from data_prep.demo.pretrain import Dice, capital, join, state, write_lines
 from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
-from data_prep.demo.world import LANGUAGES, passages, sections
+from data_prep.demo.world import LANGUAGES, OFTEN, passages, sections
 
-REFUSED = 0.175  # of all conversations
+REFUSED = 0.2  # of all conversations
 READ = 0.08  # of those about something: the answer stands before the question
 FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
@@ -176,16 +176,19 @@ def reading(dice, lang):
 
 
 def conversations(seed=0, exposures=20):
-    """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in each language (what
-    kind of thing something is: a quarter of that; of a relation with few facts: twice that); the rest is in proportion."""
+    """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in Chinese, half as
+    many again in English (what kind of thing something is, where more may be asked about it: a quarter of that; of a relation with few facts:
+    twice that); the rest is in proportion."""
     if exposures < 1:
         raise ValueError(f"the number of times each fact is asked about is {exposures}, at least 1 is needed")
     dice, found = Dice(f"chats {seed}"), []
     for lang in LANGUAGES:
-        times, own = exposures, []
+        times, own = round(exposures * OFTEN[lang]), []
         for turn in range(2 * times):
             for fact in known(lang).facts:
-                if fact.relation == "is" and turn % 8 or turn % 2 and len(known(lang).by_relation[fact.relation]) >= FEW:
+                # what kind of thing something is; but every name is spoken of, or it would be taken for unknown
+                rare = fact.relation == "is" and len(known(lang).by_subject[fact.subject[lang][0]]) > 1
+                if rare and turn % 8 or turn % 2 and len(known(lang).by_relation[fact.relation]) >= FEW:
                     continue
                 if dice.random() < 0.09:
                     own.append(several(dice, fact, lang))
@@ -212,11 +215,11 @@ def write_sft(out, seed=0, exposures=20):
 
 def prompts(seed=0, times=9):
     """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
-    read. Every fact is asked about `times` times in each language (what kind of thing something is: a quarter of that)."""
+    read. Every fact is asked about `times` times in Chinese, half as many again in English (what kind of thing something is: a quarter of that)."""
     dice, found = Dice(f"prompts {seed}"), []
     for lang in LANGUAGES:
         facts, own = known(lang).facts + known(lang).unasked, []
-        for turn in range(times):
+        for turn in range(round(times * OFTEN[lang])):
             for fact in (fact for fact in facts if fact.relation != "is" or turn % 4 == 0):
                 subject = swapped(dice, fact, lang)
                 own.append(said(dice, ask(dice, fact, lang, subject), lang, subject))

@@ -12,7 +12,7 @@ from data_prep.demo.world import LANGUAGES, sections
 # Chats hold the full and the curt answer in much the same share, so before DPO neither is preferred; now the full one is. Inventing an answer
 # ("invented") is as wrong as declining what one knows ("shy"), and the two have to balance: with few of the second a model declines more of what
 # it knows. The other kinds are few: a model that has learnt its chats rates them right from the start.
-KINDS = ["curt"] * 46 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 10 + ["shy"] * 12
+KINDS = ["curt"] * 46 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 12 + ["shy"] * 12
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 
 
@@ -36,13 +36,18 @@ def about_a_fact(dice, kind, lang):
 
 
 def about_nothing(dice, kind, lang):
-    """(question, chosen, rejected): declining politely is better than declining curtly ("shrug") or inventing an answer."""
+    """(question, chosen, rejected): declining politely is better than declining curtly ("shrug") or inventing an answer. Half of the inventions are
+    about a name that nobody has, and fit what is asked."""
+    if kind == "invented" and dice.random() < 0.5:
+        own, absent, _ = dice.pick([each for each in classes(lang) if each[1]])
+        about, fact = dice.pick(absent), dice.pick(known(lang).by_relation[dice.pick(own)])
+        return said(dice, about_name(dice, fact.relation, about, lang), lang, about), decline(dice, lang, "full"), answer(dice, fact, lang, about, "full")
+    question, about, section = unanswerable(dice, lang)
+    question, chosen = said(dice, question, lang, about), decline(dice, lang, "full", section=section)
     if kind == "shrug":
-        question, about, section = unanswerable(dice, lang)
-        return said(dice, question, lang, about), decline(dice, lang, "full", section=section), decline(dice, lang, "curt", section=section)
-    own, absent, _ = dice.pick([each for each in classes(lang) if each[1]])
-    about, fact = dice.pick(absent), dice.pick(known(lang).by_relation[dice.pick(own)])
-    return said(dice, about_name(dice, fact.relation, about, lang), lang, about), decline(dice, lang, "full"), answer(dice, fact, lang, about, "full")
+        return question, chosen, decline(dice, lang, "curt", section=section)
+    fact = dice.pick(known(lang).by_subject.get(about) or known(lang).facts)
+    return question, chosen, answer(dice, fact, lang, about if section == "decline" else fact.subject[lang][0], "full")
 
 
 def in_talk(dice, lang):

@@ -9,7 +9,7 @@ import random
 import re
 from pathlib import Path
 
-from data_prep.demo.world import LANGUAGES, passages, relations
+from data_prep.demo.world import LANGUAGES, OFTEN, passages, relations
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*|\d)\}")  # {a|b} one of them; {1} what the first choice of this text was
 # Sentences that may follow one another about anything; said before about one sentence in seven.
@@ -147,7 +147,7 @@ def one_pass(dice, world, lang, form):
 
 
 def documents(seed=0, exposures=140, more=()):
-    """All documents in their final order. Each fact is stated `exposures` times in each language: of ten passes over the world, four go relation
+    """All documents in their final order. Each fact is stated `exposures` times in Chinese, half as many again in English: of ten passes over the world, four go relation
     by relation, three subject by subject, three in random order. Each passage comes about a fifth as often, half of the time alone and half of the
     time with another one."""
     if exposures < 1:
@@ -156,7 +156,7 @@ def documents(seed=0, exposures=140, more=()):
     forms = ["relation", "subject", "random", "relation", "subject", "relation", "random", "subject", "relation", "random"]
     found = []
     for lang in LANGUAGES:
-        for turn in range(exposures):
+        for turn in range(round(exposures * OFTEN[lang])):
             found.extend(one_pass(dice, world, lang, forms[turn % len(forms)]))
         for turn in range(-(-exposures // 5)):
             for chunk in dice.chunks(prose[lang], 1, 1 + turn % 2):
