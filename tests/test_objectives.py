@@ -497,6 +497,14 @@ def test_a_teacher_with_more_rows_than_ids_is_refused(journey, monkeypatch, tmp_
         train.main(settings("distill", preset=str(tiny), run="wide", teacher=str(wide)))
 
 
+def test_a_name_does_not_make_a_model_answer(journey, monkeypatch, tmp_path, tokenizer):
+    """A peer continues text when "pretrain" occurs in the name of the checkpoint, and answers otherwise. What it was trained for is in the checkpoint."""
+    stages_in(journey, monkeypatch)
+    for stage, name, answers in (("pretrain", "full_sft", False), ("sft", "pretrain-2", True)):
+        shutil.copytree(f"out/demo/{stage}", tmp_path / name)
+        assert checkpoint.is_chat(tmp_path / name, tokenizer) == answers
+
+
 def test_sft_of_the_built_in_world_reads_on(tmp_path, monkeypatch):
     """Without text beside the chats SFT loses what was only read. What is there already is not written again."""
     monkeypatch.setattr(stages.demo, "write", lambda folder, files: [(folder / file).write_text("{}") for file in files])

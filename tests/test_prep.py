@@ -68,15 +68,20 @@ def test_nothing_is_lost_and_nothing_is_parsed(tmp_path, tok):
         assert folder.meta["splits"][total]["bytes"] == expected
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tok, monkeypatch):
+@pytest.mark.parametrize("kind, record", (
+    ("text", lambda text: {"text": text}),
+    ("chat", lambda text: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]}),
+    ("pairs", lambda text: {"prompt": text, "chosen": text[::-1], "rejected": text[3:]})), ids=("text", "chat", "pairs"))
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tok, monkeypatch, kind, record):
     """Results taken in the order in which workers finished made every run another data set."""
     monkeypatch.setattr(common, "BATCH", 5_000)
-    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(1_000)])
+    path = jsonl(tmp_path / "a.jsonl", [record(text) for text in sentences(1_000)])
     for workers in (1, 2, 3):
-        prepare("text", [path], tok, tmp_path / f"x{workers}", workers=workers)
+        prepare(kind, [path], tok, tmp_path / f"x{workers}", workers=workers)
+    assert len(open_folder(tmp_path / "x1").train) > 900
     assert contents(tmp_path / "x1") == contents(tmp_path / "x2") == contents(tmp_path / "x3")
     monkeypatch.setattr(common, "BATCH", 50_000)
-    prepare("text", [path], tok, tmp_path / "x1", overwrite=True)
+    prepare(kind, [path], tok, tmp_path / "x1", overwrite=True)
     assert contents(tmp_path / "x1") == contents(tmp_path / "x2")
 
 
