@@ -59,42 +59,36 @@ def to_int8(model, dtype):
                 setattr(parent, name, Int8Linear(child.weight.detach(), dtype))
 
 
-class Packed(nn.Module):
-    """A linear layer without bias that is some rows of a weight in oneDNN's order. For a prompt, whose many tokens repay it, they are put back into
-    theirs; one token at a time goes through all of the packed weight."""
-
-    def __init__(self, weight, rows):
-        super().__init__()
-        self.weight, self.rows = weight, rows
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to_dense()[self.rows])
-
-
-def packs(weight):
-    """Is this a weight that oneDNN reads faster in an order of its own? In fp32 plain products read it at half the speed, and copy it first when
-    there are several rows; in bf16 one row is as fast without, and the rest gains too little."""
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.backends.mkldnn.is_available()
-
-
-def lay_out(parent, *names):
-    """Projections of the same input, children of `parent`, as one weight for `product`: (N, K), plain or packed, or int8 values and their scales.
-    Theirs become parts of it, so that nothing is held twice."""
-    projections = [getattr(parent, name) for name in names]
+def join(projections):
+    """Several projections of the same input as one: a weight (N, K), or int8 values and their scales. Theirs become views of it, so that nothing
+    is held twice."""
     parts = [projection.weight.detach() for projection in projections]
-    sizes, weight = [len(part) for part in parts], torch.cat(parts) if len(parts) > 1 else parts[0]
-    if packs(weight):
-        packed, ends = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), torch.tensor(sizes).cumsum(0).tolist()
-        for name, size, end in zip(names, sizes, ends):
-            setattr(parent, name, Packed(packed, slice(end - size, end)))
-        return packed
-    for projection, view in zip(projections, weight.split(sizes)) if len(parts) > 1 else ():
-        projection.weight = view if weight.dtype == torch.int8 else nn.Parameter(view, requires_grad=False)
-    return (weight, torch.cat([projection.scale for projection in projections])) if weight.dtype == torch.int8 else weight
+    weight = torch.cat(parts)
+    views = weight.split([len(part) for part in parts])
+    if isinstance(projections[0], Int8Linear):
+        for projection, view in zip(projections, views):
+            projection.weight = view
+        return weight, torch.cat([projection.scale for projection in projections])
+    for projection, view in zip(projections, views):
+        projection.weight = nn.Parameter(view, requires_grad=False)
+    return weight
+
+
+def alone(projection):
+    return (projection.weight, projection.scale) if isinstance(projection, Int8Linear) else projection.weight.detach()
+
+
+def pack(weight):
+    """What `join` or `alone` gave; in fp32 on a CPU with oneDNN a copy in the order in which that reads it, and takes a quarter to two thirds of the time,
+    but for a row or two of weights that fit the caches. The plain ones stay, for prompts: that is the price, and why bf16, where one row gains nothing, is left alone."""
+    fit = torch.is_tensor(weight) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    if fit and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    return weight
 
 
 def product(x, weight):
-    """x (B, K) times what `lay_out` gave -> (B, N)."""
+    """x (B, K) times what `pack` gave -> (B, N)."""
     if isinstance(weight, tuple):
         return int8_product(x, *weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if weight.is_mkldnn else F.linear(x, weight)
@@ -111,11 +105,12 @@ class Step:
         self.layers, stretch = [], []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            self.layers.append((self.both(layer.input_layernorm), lay_out(attention, "q_proj", "k_proj", "v_proj"), lay_out(attention, "o_proj"),
-                                self.both(layer.post_attention_layernorm), lay_out(mlp, "gate_proj", "up_proj"), lay_out(mlp, "down_proj")))
+            qkv, gate_up = join([attention.q_proj, attention.k_proj, attention.v_proj]), join([mlp.gate_proj, mlp.up_proj])
+            self.layers.append((self.both(layer.input_layernorm), pack(qkv), pack(alone(attention.o_proj)),
+                                self.both(layer.post_attention_layernorm), pack(gate_up), pack(alone(mlp.down_proj))))
             if config.qk_norm:
                 stretch.append(torch.cat((attention.q_norm.weight.expand(H, D), attention.k_norm.weight.expand(K, D))).float())
-        self.norm, self.head = self.both(model.model.norm), lay_out(model, "lm_head")
+        self.norm, self.head = self.both(model.model.norm), pack(alone(model.lm_head))
         # QK-norm's weights are multiplied into the cosines and sines, once a step for all layers: (L or 1, H + K, 2, D/2)
         self.stretch = (torch.stack(stretch).detach() if stretch else torch.ones(1, H + K, D, device=self.signs.device)).unflatten(-1, (2, -1))
 

@@ -101,7 +101,7 @@ def generate(model, prompts, max_new_tokens, stop=(), sampling=Sampling(), featu
     slots = None
     if features is not None and any(own is not None for own in features):
         prompts, slots = model.places(prompts, features)
-    longest, B, device = max(map(len, prompts)), len(prompts), model.model.embed_tokens.weight.device
+    longest, B, device = max(map(len, prompts)), len(prompts), model.lm_head.weight.device
     room = model.config.max_position_embeddings - longest
     if room < 1:
         raise ValueError(f"the prompt has {longest} tokens, the model sees {model.config.max_position_embeddings}: shorten the prompt")

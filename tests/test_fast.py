@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomind.config import ModelConfig
-from nanomind.fast import Int8Linear, Packed, Step, dequantise, int8_product, packs, quantise
+from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, quantise
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -65,38 +65,25 @@ def test_one_row_goes_past_onednn_and_leaves_it_as_it_was(monkeypatch):
     assert torch.backends.mkldnn.enabled
 
 
-@pytest.mark.parametrize("there", (True, False))
-def test_fp32_weights_are_packed_where_they_can_be(monkeypatch, there):
-    """oneDNN's order of the weights is another tensor, which nothing but its own product understands. On a CPU without it the plain ones stay."""
-    if not there:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    model, prompts, ids = model_of(SHAPES["odd"]), [[5, 7, 11], [3]], torch.randint(0, 97, (9, 2), generator=torch.Generator().manual_seed(0))
-    plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
-    before = {name: p.clone() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
-    prepare(model, "cpu", "fp32", 1)
-    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Packed)}
-    assert set(packed) == (set(before) if there and packs(torch.zeros(1)) else set())
-    for name, module in packed.items():
-        assert torch.equal(module.weight.to_dense()[module.rows], before[name])
-    assert model.step.head.is_mkldnn == bool(packed)
-    torch.testing.assert_close(steps(model.step, model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
-
-
+@pytest.mark.parametrize("packed", (True, False))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape):
+def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, monkeypatch):
+    """But for fp32 weights in oneDNN's order, each once, where the CPU has it: another tensor, which nothing but its own product understands."""
+    if not packed:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     model = model_of(SHAPES[shape])
     fast = copy.deepcopy(model)
     prepare(fast, "cpu", "fp32", 1)
     prompts = [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]
     for some in (prompts, prompts[:1]):
         assert list(generate(fast, some, 30, (), GREEDY)) == list(generate(model, some, 30, (), GREEDY))
-    held = [fast.step.head, *(tensor for layer in fast.step.layers for tensor in layer), *fast.parameters()]
-    held += [module.weight for module in fast.modules() if isinstance(module, Packed)]
-    held = {id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr(): 4 * tensor.numel() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
-            for tensor in held}
+    tensors = [fast.step.head, *(tensor for layer in fast.step.layers for tensor in layer)]
+    copies = [tensor for tensor in tensors if tensor.is_mkldnn]
+    wanted = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name] + [model.lm_head.weight] * model.config.tie_word_embeddings
+    assert sum(tensor.numel() for tensor in copies) == (sum(p.numel() for p in wanted) if pack(torch.zeros(1, 1)).is_mkldnn else 0)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*tensors, *fast.parameters()] if not tensor.is_mkldnn}
     small = sum(2 * p.nbytes for p in model.parameters() if p.dim() == 1)
-    tied = model.lm_head.weight.nbytes if model.config.tie_word_embeddings and packs(model.lm_head.weight) else 0  # tokens read its rows
-    assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small + tied
+    assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small
 
 
 def test_quantising_equals_a_naive_loop():
