@@ -185,6 +185,32 @@ def test_a_tag_decides_the_activation(clip, tmp_path, monkeypatch):
     assert "QuickGELU" not in repr(load_encoder("tiny-clip", str(clip / "open_clip_model.safetensors")).tower)
 
 
+def test_weights_of_an_encoder_never_run_code(tmp_path):
+    """A .pt file from anywhere may be a program."""
+    import open_clip
+    (tmp_path / "tiny-clip.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
+    open_clip.add_model_config(tmp_path)
+    weights = tmp_path / "weights.pt"
+    for content in (f"cos\nsystem\n(S'touch {tmp_path}/poisoned'\ntR.".encode(), None):
+        if content:
+            weights.write_bytes(content)
+        else:
+            torch.save({"visual.proj": Poison(tmp_path / "poisoned")}, weights)
+        with pytest.raises(ValueError, match="could not be had"):
+            load_encoder("tiny-clip", str(weights))
+        assert not (tmp_path / "poisoned").exists()
+    torch.load(weights, weights_only=False)
+    assert (tmp_path / "poisoned").exists()  # it would have been run
+
+
+class Poison:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 # ---- projector and splice
 
 def test_parameters_are_those_of_the_reference():
