@@ -150,13 +150,13 @@ class TrainConfig:
     tokens: float = knob(0.0, "tokens to train on, 5e6 works")
     epochs: float = knob(0.0, "passes over the data; 1 when no length is given (on the built-in world: some minutes)")
     # batch
-    seq_len: int = knob(512, "tokens in a row; pretraining pico, demo and nano: 256")
+    seq_len: int = knob(512, "tokens in a row; pico, demo and nano in pretraining, and the built-in world: 256, dpo: 1024")
     batch_size: int = knob(8, "rows in a forward pass")
     accumulate: int = knob(1, "forward passes in an optimiser step; 1 x 8 equals 8 x 1 exactly")
     # optimiser
     optimizer: str = knob("muon", "muon (matrices by Muon, the rest by AdamW) or adamw", ("muon", "adamw"))
-    lr: float = knob(0.01, "peak learning rate of the matrices (muon) or of everything (adamw: by default 0.003); pretraining pico, demo and nano: 0.02; other stages: their own")
-    adam_lr: float = knob(0.004, "with muon: peak learning rate of embeddings and norms; pretraining pico, demo and nano: 0.008")
+    lr: float = knob(0.01, "peak learning rate of the matrices (muon) or of everything (adamw: by default 0.003); pico, demo and nano in pretraining: 0.02, other stages and the built-in world have their own")
+    adam_lr: float = knob(0.004, "with muon: peak learning rate of embeddings and norms; pico, demo and nano in pretraining: 0.008, other stages and the built-in world have their own")
     weight_decay: float = knob(0.1, "on matrices only, decoupled")
     beta1: float = knob(0.9, "AdamW's first-moment decay")
     beta2: float = knob(0.95, "AdamW's second-moment decay")
