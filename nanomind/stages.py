@@ -65,9 +65,9 @@ STAGES = {
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.8, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
-                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 3e-5}, minutes=0.8, tokens=0.45e6),
+                 flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 3e-5}, minutes=0.9, tokens=0.45e6),
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"seq_len": 512, "weight_decay": 0.0}, (), EYES, "projector.",
-                   SHORT, ("dpo", "sft"), 1.1),
+                   SHORT, ("dpo", "sft"), 1.0),
     "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"seq_len": 512, "lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.0),
 }

@@ -227,6 +227,28 @@ def test_every_name_is_spoken_of_often():
                 assert sum(subject in chat for chat in told) >= 5, subject
 
 
+def test_nobody_is_asked_one_thing_only():
+    """Who is only asked what kind of thing a name is answers every question about it with that: after SFT half of the English facts that were only read got
+    "X is a country". Two things have an answer, and some have none."""
+    words = {name for fact in known("en").by_relation["word"] for name in fact.subject["en"]}
+    for subject, facts in known("en").by_subject.items():
+        if "is" in {fact.relation for fact in facts}:
+            assert len({fact.relation for fact in facts}) > 1 or subject.removeprefix("the ") in words, subject
+    dice = Dice(11)
+    for lang in LANGUAGES:
+        subjects = {relation: {fact.subject[lang][0] for fact in facts} for relation, facts in known(lang).by_relation.items()}
+        held = {fact.subject[lang][0] for fact in known(lang).unasked if fact.subject[lang][0] not in subjects[fact.relation]}
+        asked = {about for _, about, _ in (unanswerable(dice, lang) for _ in range(8000))}
+        assert len(asked & held) > 0.6 * len(held), (lang, held - asked)
+
+
+def test_names_in_the_other_language_are_those_of_the_tables():
+    [called] = [relation for relation in relations() if relation.name == "called"]
+    pairs = {(fact.subject["en"][0], fact.object["en"][0]) for fact in called.facts}
+    assert {("Peru", "秘鲁"), ("the United States", "美国"), ("the dolphin", "海豚")} <= pairs and len(pairs) == len(called.facts) > 110
+    assert not any(set(fact.subject) | set(fact.object) != {"en"} for fact in called.facts) and not {"the cat", "cat"} & {name for name, _ in pairs}
+
+
 def test_pairs_are_read_by_data_prep_and_differ_in_the_answer(tmp_path, capsys):
     [path] = demo.write(tmp_path, files=["dpo.jsonl"])
     reader = Reader([path], 0, lambda size: None)

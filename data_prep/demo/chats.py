@@ -8,7 +8,7 @@ import functools
 from data_prep.demo.pretrain import Dice, capital, join, state, write_lines
 from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
-from data_prep.demo.world import LANGUAGES, OFTEN, passages, sections
+from data_prep.demo.world import DERIVED, LANGUAGES, OFTEN, passages, sections
 
 REFUSED = 0.2  # of all conversations
 READ = 0.08  # of those about something: the answer stands before the question
@@ -215,12 +215,12 @@ def write_sft(out, seed=0, exposures=20):
 
 def prompts(seed=0, times=9):
     """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
-    read. Every fact is asked about `times` times in Chinese, half as many again in English (what kind of thing something is: a quarter of that)."""
+    read. Every fact is asked about `times` times in Chinese, half as many again in English (its kind and its name in Chinese: a quarter of that)."""
     dice, found = Dice(f"prompts {seed}"), []
     for lang in LANGUAGES:
         facts, own = known(lang).facts + known(lang).unasked, []
         for turn in range(round(times * OFTEN[lang])):
-            for fact in (fact for fact in facts if fact.relation != "is" or turn % 4 == 0):
+            for fact in (fact for fact in facts if fact.relation not in DERIVED or turn % 4 == 0):
                 subject = swapped(dice, fact, lang)
                 own.append(said(dice, ask(dice, fact, lang, subject), lang, subject))
         own += [small(dice, section, lang)[0] for section in SMALL for _ in range(2 * times)]

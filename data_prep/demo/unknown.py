@@ -63,7 +63,8 @@ def unanswerable(dice, lang):
     if kind == "lacks":
         while not lacks:
             own, absent, lacks = dice.pick(classes(lang))
-        subject = dice.pick(known(lang).by_relation[dice.pick(own)]).subject[lang][0]
+        relation = dice.pick(own)
+        subject = dice.pick([fact for fact in known(lang).facts + known(lang).unasked if fact.relation == relation]).subject[lang][0]
         return fill(dice, dice.pick(lacks), s=subject), subject, "decline"
     if kind == "strange":  # of a class the world has nothing of
         _, absent, lacks = dice.pick([each for each in all_classes(lang) if not each[0] and each[1] and each[2]])

@@ -13,7 +13,7 @@ TYPOS = {"的": "得地", "吗": "嘛", "哪": "那", "是": "事", "什": "神"
          "里": "理", "座": "坐", "道": "到", "用": "拥", "说": "讲", "多": "都", "？": "?！", "和": "合", "住": "主", "写": "些"}
 PARTICLES = ("呢", "呀", "啊", "来着", "哦", "嘞", "捏", "哈")
 STYLES = ["full"] * 12 + ["curt"] * 9 + ["other"] * 5 + ["long"]
-BLURRED = 0.15  # of the questions that speak of a name
+BLURRED = 0.25  # of the questions that speak of a name
 FULL_STOP = {"zh": "。", "en": "."}
 
 

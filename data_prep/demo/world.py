@@ -13,7 +13,7 @@ line is a fact.
     法国 | 巴黎 | France | Paris                   a fact; two columns: Chinese only; `-` where a language lacks it
     美国/美利坚合众国 | ...                        `/` separates names of the same thing, the usual one first
 
-What people say stands in sections, one wording a line: `[capital]` (in questions/ a relation, in talk/ any topic), then keys with a
+What people say stands in sections, one wording a line: `[capital]` (in questions/ a relation, `[word/called]` two of them, in talk/ any topic), then keys with a
 language and their lines. ask: questions; back: questions for the subject, given the object; check: yes-no questions that end in the
 object; full, curt, other: answers (full and curt are the two styles that fine-tuning holds in much the same share; of several full ones
 the first is the usual one); list: what the subjects of one object are called; noun: what the relation is called in a follow-up.
@@ -32,7 +32,8 @@ OFTEN = {"zh": 1.0, "en": 1.5}  # how often its facts are stated and asked: Engl
 FOLDER = Path(__file__).parent
 # Of these, all facts are asked about in the chats: their subjects occur nowhere else (a subject of which no chat ever speaks is taken
 # for unknown), or, the dishes and the foods of a city, one gives the other away.
-ALWAYS_ASKED = {"is", "sum", "product", "word", "superlative", "nanomind", "health", "city_foods"}
+ALWAYS_ASKED = {"is", "called", "sum", "product", "word", "superlative", "nanomind", "health", "city_foods"}
+DERIVED = ("called", "is")  # relations whose facts are made of those of the others; no exam asks about them
 HELD_OUT = 0.2
 SALT = 115101  # chosen so that every relation has its share, and so that no passage that a chat may quote tells a held-out fact
 
@@ -90,12 +91,14 @@ def _read_table(path):
 
 
 def relations():
-    """All relations, in the order of their file names. The last one, `is`, is derived: it says of what kind each subject is."""
+    """All relations, in the order of their file names. The last two are derived: `called` says what the subjects of the others are called in the other
+    language (in English, which has few relations: who is asked one thing only about a name does not read the question), `is` of what kind each is."""
     found = [relation for path in sorted((FOLDER / "world").glob("*.txt")) for relation in _read_table(path)]
     by_name = {relation.name: relation for relation in found}
     if len(by_name) < len(found):
         raise ValueError(f"a relation is defined twice in {FOLDER}")
-    kinds = by_name.pop("is")
+    called, kinds = (by_name.pop(name) for name in DERIVED)
+    words = {name for fact in by_name["word"].facts for name in fact.subject.get("en", [])}
     seen = set()
     for relation in by_name.values():
         for fact in relation.facts if relation.kind else []:
@@ -103,7 +106,9 @@ def relations():
             seen.update((lang, names[0]) for lang, names in subject.items())
             if subject:
                 kinds.facts.append(Fact("is", subject, {lang: [relation.kind[lang]] for lang in subject}))
-    return [*by_name.values(), kinds]
+            if "en" in subject and "zh" in fact.subject and subject["en"][0].removeprefix("the ") not in words:
+                called.facts.append(Fact("called", {"en": subject["en"]}, {"en": fact.subject["zh"]}))
+    return [*by_name.values(), called, kinds]
 
 
 def held_out(fact):
@@ -132,7 +137,9 @@ def sections(folder):
             if not line or line.startswith("#"):
                 continue
             if line.startswith("[") and line.endswith("]"):
-                section, lines = found.setdefault(line[1:-1], {}), None
+                section, lines = {}, None
+                for name in line[1:-1].split("/"):
+                    section = found.setdefault(name, section)
             elif section is not None and re.fullmatch(r"([a-z]+_)?(zh|en):", line):
                 lines = section.setdefault(line[:-1], [])
             elif section is not None and single:
