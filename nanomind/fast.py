@@ -78,11 +78,16 @@ def alone(projection):
     return (projection.weight, projection.scale) if isinstance(projection, Int8Linear) else projection.weight.detach()
 
 
+def packs(dtype):
+    """Has this CPU products of `dtype` that read weights in an order of their own?"""
+    known = torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.backends.mkldnn.is_available()
+    return known and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack(weight):
-    """What `join` or `alone` gave; in fp32 on a CPU with oneDNN a copy in the order in which that reads it, and takes a quarter to two thirds of the time,
-    but for a row or two of weights that fit the caches. The plain ones stay, for prompts: that is the price, and why bf16, where one row gains nothing, is left alone."""
-    fit = torch.is_tensor(weight) and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    if fit and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.backends.mkldnn.is_available():
+    """What `join` or `alone` gave; floats on a CPU with oneDNN in the order in which that reads them. It would put them in that order for every
+    product: with the copy a token takes a third to two thirds of the time. The plain ones stay, for prompts: that is the price."""
+    if torch.is_tensor(weight) and weight.device.type == "cpu" and packs(weight.dtype):
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return weight
 
@@ -134,14 +139,6 @@ class Step:
 
     def __call__(self, ids, cache):
         """ids: (B,) -> logits (B, V) fp32; the tokens are now in the cache."""
-        was = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = was and len(ids) > 1  # oneDNN copies the weights into another order first, which one row does not repay
-        try:
-            return self.run(ids, cache)
-        finally:
-            torch.backends.mkldnn.enabled = was
-
-    def run(self, ids, cache):
         config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"

@@ -50,21 +50,6 @@ def test_the_step_equals_the_plain_forward(shape, prompts):
     assert F.cosine_similarity(rough, plain, dim=-1).min() > 0.995
 
 
-def test_one_row_goes_past_onednn_and_leaves_it_as_it_was(monkeypatch):
-    """It copies all weights for every product; more rows repay that. A setting of the whole process must come back whatever happens."""
-    from nanomind import fast
-    step, seen, real = Step(model_of(SHAPES["QK-norm"]).to(torch.bfloat16)), [], fast.product
-    monkeypatch.setattr(fast, "product", lambda *given: seen.append(torch.backends.mkldnn.enabled) or real(*given))
-    for rows, expected in ((1, {False}), (3, {True})):
-        seen.clear()
-        step(torch.zeros(rows, dtype=torch.long), KVCache(step.config, rows, 4, torch.bfloat16, "cpu"))
-        assert set(seen) == expected and torch.backends.mkldnn.enabled
-    monkeypatch.setattr(fast, "product", lambda *given: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        step(torch.zeros(1, dtype=torch.long), KVCache(step.config, 1, 4, torch.bfloat16, "cpu"))
-    assert torch.backends.mkldnn.enabled
-
-
 @pytest.mark.parametrize("packed", (True, False))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, monkeypatch):
