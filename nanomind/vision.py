@@ -84,7 +84,7 @@ def _open_clip(name, weights, clip):
         torch.manual_seed(0)
         tag = open_clip.get_pretrained_cfg(name, weights) if weights and ":" not in name else None
         quick = bool(tag and tag.get("quick_gelu"))  # OpenAI's weights want QuickGELU; open_clip only warns that the model of that name has it not
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights, force_quick_gelu=quick)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights, force_quick_gelu=quick, weights_only=True)  # a pickle may be a program
     except Exception as problem:  # of whatever kind the downloader's, the unpickler's and open_clip's own failures are
         raise ValueError(f"--clip {clip}: its weights {weights or ''} could not be had ({' '.join(str(problem).split())[:120]}); "
                          f"{_where_to_get(clip, weights)}") from None

@@ -228,8 +228,8 @@ def test_every_name_is_spoken_of_often():
 
 
 def test_nobody_is_asked_one_thing_only():
-    """Who is only asked what kind of thing a name is answers every question about it with that: after SFT half of the English facts that were only read got
-    "X is a country". Two things have an answer, and some have none."""
+    """Who is only asked what kind of thing a name is answers every question about it with that: after SFT half of the English facts that were only read were
+    not found, "X is a country" or "X." was said instead. Two things have an answer, and some have none."""
     words = {name for fact in known("en").by_relation["word"] for name in fact.subject["en"]}
     for subject, facts in known("en").by_subject.items():
         if "is" in {fact.relation for fact in facts}:

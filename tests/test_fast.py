@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomind.config import ModelConfig
-from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, quantise
+from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, product, quantise
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -53,7 +53,7 @@ def test_the_step_equals_the_plain_forward(shape, prompts):
 @pytest.mark.parametrize("packed", (True, False))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, monkeypatch):
-    """But for fp32 weights in oneDNN's order, each once, where the CPU has it: another tensor, which nothing but its own product understands."""
+    """But for weights in oneDNN's order, each once, where the CPU has it: another tensor, which nothing but its own product understands."""
     if not packed:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     model = model_of(SHAPES[shape])
@@ -69,6 +69,21 @@ def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, m
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*tensors, *fast.parameters()] if not tensor.is_mkldnn}
     small = sum(2 * p.nbytes for p in model.parameters() if p.dim() == 1)
     assert sum(held.values()) <= sum(p.nbytes for p in model.parameters()) + small
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_weights_are_packed_where_the_processor_can(dtype, monkeypatch):
+    """Not every processor that computes in bf16 has oneDNN's products of it: there, and without oneDNN, the plain weights stay."""
+    x, weight = (torch.randn(size, 57, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (3, 35))
+    can = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    can = can and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert pack(weight).is_mkldnn == can
+    for rows in (x[:1], x):
+        torch.testing.assert_close(product(rows, pack(weight)), F.linear(rows, weight), **(dict(atol=0.1, rtol=0.02) if dtype == torch.bfloat16 else dict(atol=1e-4, rtol=1e-5)))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert pack(weight).is_mkldnn == (can and dtype == torch.float32)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert pack(weight) is weight
 
 
 def test_quantising_equals_a_naive_loop():
