@@ -6,6 +6,8 @@ One token costs reading every weight once, and starting some hundreds of small o
 and without a gradient, in a third of the operations, and int8 weights are half as many bytes as bf16 ones.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -92,6 +94,11 @@ def pack(weight):
     return weight
 
 
+def past_onednn(dtype):
+    """Is one row's product with plain weights faster without oneDNN? In bf16 it is (by a third on an EPYC), but not where oneDNN has AMX."""
+    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
 def product(x, weight):
     """x (B, K) times what `pack` gave -> (B, N)."""
     if isinstance(weight, tuple):
@@ -107,17 +114,23 @@ class Step:
         self.embed, self.eps = model.model.embed_tokens, config.rms_norm_eps
         self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight)
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layers, stretch = [], []
+        self.norms, self.plain, stretch = [], [], []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            qkv, gate_up = join([attention.q_proj, attention.k_proj, attention.v_proj]), join([mlp.gate_proj, mlp.up_proj])
-            self.layers.append((self.both(layer.input_layernorm), pack(qkv), pack(alone(attention.o_proj)),
-                                self.both(layer.post_attention_layernorm), pack(gate_up), pack(alone(mlp.down_proj))))
+            self.norms.append((self.both(layer.input_layernorm), self.both(layer.post_attention_layernorm)))
+            self.plain.append((join([attention.q_proj, attention.k_proj, attention.v_proj]), alone(attention.o_proj),
+                               join([mlp.gate_proj, mlp.up_proj]), alone(mlp.down_proj)))
             if config.qk_norm:
                 stretch.append(torch.cat((attention.q_norm.weight.expand(H, D), attention.k_norm.weight.expand(K, D))).float())
-        self.norm, self.head = self.both(model.model.norm), pack(alone(model.lm_head))
+        self.norms.append((self.both(model.model.norm),))
+        self.plain.append((alone(model.lm_head),))
         # QK-norm's weights are multiplied into the cosines and sines, once a step for all layers: (L or 1, H + K, 2, D/2)
         self.stretch = (torch.stack(stretch).detach() if stretch else torch.ones(1, H + K, D, device=self.signs.device)).unflatten(-1, (2, -1))
+
+    @functools.cached_property
+    def packed(self):
+        """The weights in oneDNN's order, made when they are first wanted."""
+        return [tuple(map(pack, weights)) for weights in self.plain]
 
     def both(self, norm):
         """The weight of an RMSNorm for rms_norm, (2, C)."""
@@ -135,10 +148,19 @@ class Step:
         cos, sin = (x[0] for x in rope_table(self.config, position, 1, self.signs.device))  # (1, D/2)
         straight = self.stretch * torch.stack((cos, cos), dim=1)
         across = self.stretch.flip(-2) * torch.stack((-sin, sin), dim=1)
-        return [x.to(dtype).expand(len(self.layers), -1, -1, -1).unbind() for x in (straight, across)]
+        return [x.to(dtype).expand(len(self.plain) - 1, -1, -1, -1).unbind() for x in (straight, across)]
 
     def __call__(self, ids, cache):
         """ids: (B,) -> logits (B, V) fp32; the tokens are now in the cache."""
+        was = torch.backends.mkldnn.enabled
+        past = len(ids) == 1 and past_onednn(self.embed.weight.dtype)
+        torch.backends.mkldnn.enabled = was and not past
+        try:
+            return self.run(ids, cache, self.plain if past else self.packed)
+        finally:
+            torch.backends.mkldnn.enabled = was
+
+    def run(self, ids, cache, weights):
         config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
@@ -147,7 +169,8 @@ class Step:
         straight, across = self.turns(cache.length, x.dtype)
         keys, values = (kept[:, :, :, :S].unbind() for kept in (cache.keys, cache.values))  # of each layer: (B, K, S, D)
         new_keys, new_values = (kept[:, :, :, S - 1].unbind() for kept in (cache.keys, cache.values))  # (B, K, D)
-        for i, (attention_norm, qkv, o, mlp_norm, gate_up, down) in enumerate(self.layers):
+        *layers, (norm, head) = [(*norms, *own) for norms, own in zip(self.norms, weights)]
+        for i, (attention_norm, mlp_norm, qkv, o, gate_up, down) in enumerate(layers):
             turned, v = product(self.rms_norm(x, attention_norm), qkv).view(B, -1, D).split_with_sizes((H + K, K), 1)
             if config.qk_norm:
                 turned = self.rms_norm(turned.reshape(-1, D), None)
@@ -162,4 +185,4 @@ class Step:
             gate, up = product(self.rms_norm(x, mlp_norm), gate_up).split(config.intermediate_size, 1)
             x = x + product(F.silu(gate).mul_(up), down)
         cache.length = S
-        return product(self.rms_norm(x, self.norm), self.head).float()
+        return product(self.rms_norm(x, norm), head).float()

@@ -50,6 +50,27 @@ def test_the_step_equals_the_plain_forward(shape, prompts):
     assert F.cosine_similarity(rough, plain, dim=-1).min() > 0.995
 
 
+@pytest.mark.parametrize("amx", (True, False))
+def test_one_row_goes_past_onednn_where_that_is_faster(amx, monkeypatch):
+    """In bf16, on a processor without AMX: the plain weights are read and no copy is made; the flag is put back, also after an error."""
+    model = model_of(dict()).to(torch.bfloat16)
+    ids, prompts = torch.randint(0, 97, (9, 1), generator=torch.Generator().manual_seed(0)), [[5, 7, 11]]
+    plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids, torch.bfloat16)
+    on, real = [], F.linear
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    step = Step(model)
+    monkeypatch.setattr(F, "linear", lambda *given: on.append(torch.backends.mkldnn.enabled) or real(*given))
+    before = torch.backends.mkldnn.enabled
+    found = steps(step, model, prompts, ids, torch.bfloat16)
+    assert F.cosine_similarity(found, plain, dim=-1).min() > 0.999
+    assert on.count(False) == (0 if amx else 9 * (3 * 4 + 1)) and ("packed" in vars(step)) == amx
+    steps(step, model, prompts * 2, ids.expand(-1, 2), torch.bfloat16)
+    assert "packed" in vars(step) and torch.backends.mkldnn.enabled == before
+    with pytest.raises(AssertionError, match="do not fit"):
+        step(ids[0], KVCache(model.config, 1, 0, torch.bfloat16, "cpu"))
+    assert torch.backends.mkldnn.enabled == before
+
+
 @pytest.mark.parametrize("packed", (True, False))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, monkeypatch):
@@ -62,7 +83,7 @@ def test_prepared_model_writes_the_same_and_holds_nothing_twice(shape, packed, m
     prompts = [[5, 7, 11], [3], [9, 8, 7, 6, 5, 4, 3]]
     for some in (prompts, prompts[:1]):
         assert list(generate(fast, some, 30, (), GREEDY)) == list(generate(model, some, 30, (), GREEDY))
-    tensors = [fast.step.head, *(tensor for layer in fast.step.layers for tensor in layer)]
+    tensors = [tensor for own in (*fast.step.norms, *fast.step.plain, *fast.step.packed) for tensor in own]
     copies = [tensor for tensor in tensors if tensor.is_mkldnn]
     wanted = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name] + [model.lm_head.weight] * model.config.tie_word_embeddings
     assert sum(tensor.numel() for tensor in copies) == (sum(p.numel() for p in wanted) if pack(torch.zeros(1, 1)).is_mkldnn else 0)
