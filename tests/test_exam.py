@@ -4,6 +4,7 @@ Next: ../nanomind/exam.py
 """
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT
 from data_prep.demo import exam as demo
 from data_prep.demo.pretrain import Dice
-from data_prep.demo.world import DERIVED, LANGUAGES, held_out, passages, relations
+from data_prep.demo.world import DERIVED, LANGUAGES, held_out, passages, relations, sections
 from nanomind.exam import DECLINES, grade, normalise, read_exam, score, table, wilson
 
 FROZEN = {"first": "10a82a4be747066d", "second": "a9484054e2f9b5ec"}
@@ -160,6 +161,24 @@ def test_no_wording_occurs_twice_or_in_the_tables():
                 seen.add(normalise(text))
     read = {normalise(part) for relation in WORLD.values() for lang in LANGUAGES for text in relation.templates[lang] for part in re.split("(?<=[。？?])", text)}
     assert not seen & read
+
+
+def settled(wording):
+    """Every text that a wording of the chats may become, whatever is chosen; its name is X."""
+    parts = [part[1:-1].split("|") if part[0] == "{" and "|" in part else [part.replace("{s}", "X")] for part in re.split(r"(\{[^{}]*\|[^{}]*\})", wording) if part]
+    return {normalise("".join(chosen)) for chosen in itertools.product(*parts)}
+
+
+def test_no_chat_asks_in_the_words_of_an_exam():
+    """What the README claims of both sets; wordings may be added to the chats, so this is checked and not remembered."""
+    assert settled("{s}的{国都|}在{哪|哪儿}？") >= {normalise("X的国都在哪？"), normalise("X的在哪儿？")}
+    asked = {relation: set().union(*(settled(line) for key, lines in own.items() if key.startswith("ask") for line in lines))
+             for relation, own in sections("questions").items()}
+    talked = set().union(*(settled(line) for own in sections("talk").values() for key, lines in own.items() if key.startswith(("ask", "lacks")) for line in lines))
+    for which in demo.SETS:
+        for section, texts in demo.wordings(which).items():
+            for text in texts["zh"] + texts["en"]:
+                assert normalise(re.sub("[{}]", "", text.replace("{s}", "X"))) not in (asked[section] if section in asked else talked), (which, section, text)
 
 
 def test_the_wordings_are_frozen():
