@@ -10,9 +10,9 @@ import time
 import pytest
 
 from data_prep import chat, demo, pairs
-from data_prep.demo.chats import AUTOMATIC, conversations, following, reading, single, topics
+from data_prep.demo.chats import AUTOMATIC, conversations, following, mention, reading, single, topics
 from data_prep.demo.preferences import about_a_fact, about_nothing
-from data_prep.demo.pretrain import Dice
+from data_prep.demo.pretrain import Dice, capital
 from data_prep.demo.unknown import KINDS, all_classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, declined, known, said
 from data_prep.demo.world import ALWAYS_ASKED, LANGUAGES, Fact, held_out, relations, sections
@@ -173,6 +173,20 @@ def test_a_story_holds_the_answer_to_its_question(monkeypatch):
             question, told = (message["content"] for message in reading(dice, lang))
             name = question.rpartition("?")[2]
             assert told.lower() in question.lower() and told.startswith(f"<{name}#") and name not in subjects, (question, told)
+
+
+def test_a_mention_holds_the_answer_to_its_question():
+    """The answer is a sentence of the text, or the person or the name alone in it. Half of the names have something that no chat may ask about."""
+    dice = Dice(4)
+    for lang in LANGUAGES:
+        subjects = {fact.subject[lang][0] for fact in known(lang).by_relation["is"] + known(lang).unasked}
+        held, people = {fact.subject[lang][0] for fact in known(lang).unasked}, sections("talk")["mention"]["people_" + lang][0].split()
+        short, about = {capital(name) for name in [*subjects, *people]}, []
+        for text, told in ([message["content"] for message in mention(dice, lang)] for _ in range(2500)):
+            assert told in text or told[:-1] in short and told[1:-1] in text, (text, told)
+            about += [name for name in [told[0].lower() + told[1:-1], told[:-1]] if name in subjects]
+        assert len(about) > 150 and 0.4 < sum(name in held for name in about) / len(about) < 0.8, lang  # some of the others, too, are held out
+        assert len(held & set(about)) > 0.8 * len(held), lang
 
 
 def test_a_pronoun_stands_for_what_was_spoken_of_last():

@@ -15,11 +15,11 @@ import pytest
 from conftest import ROOT
 from data_prep.demo import exam as demo
 from data_prep.demo.pretrain import Dice
-from data_prep.demo.world import DERIVED, LANGUAGES, held_out, passages, relations, sections
+from data_prep.demo.world import LANGUAGES, UNEXAMINED, held_out, passages, relations, sections
 from nanomind.exam import DECLINES, grade, normalise, read_exam, score, table, wilson
 
 FROZEN = {"first": "10a82a4be747066d", "second": "a9484054e2f9b5ec"}
-WORLD = {relation.name: relation for relation in relations() if relation.name not in DERIVED}
+WORLD = {relation.name: relation for relation in relations() if relation.name not in UNEXAMINED}
 
 
 def lines(path, *records):

@@ -7,11 +7,11 @@ import functools
 
 from data_prep.demo.pretrain import Dice, capital, join, state, write_lines
 from data_prep.demo.unknown import classes, unanswerable
-from data_prep.demo.wording import answer, ask, decline, fill, known, reply, said, style, swapped
-from data_prep.demo.world import DERIVED, LANGUAGES, OFTEN, passages, sections
+from data_prep.demo.wording import FULL_STOP, answer, ask, decline, fill, known, reply, said, style, swapped
+from data_prep.demo.world import LANGUAGES, OFTEN, UNEXAMINED, passages, sections
 
 REFUSED = 0.2  # of all conversations
-READ = 0.08  # of those about something: the answer stands before the question
+READ, MENTION = 0.08, 0.06  # of those about something: the answer stands before the question
 FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "bored", "ok")
@@ -175,6 +175,24 @@ def reading(dice, lang):
     return messages(before + gap + text + dice.pick([gap, "\n"]) + question, answer(dice, fact, lang, about, style(dice, long=False)))
 
 
+def mention(dice, lang):
+    """Who of up to three people likes a name, or which one a person likes, told before the question. Half of the names are those with a fact that no chat
+    may ask about: whatever else can be asked of them teaches that an answer hangs on the question, not on the name alone."""
+    world, talk, gap = known(lang), sections("talk")["mention"], "" if lang == "zh" else " "
+    people, count, subjects = dice.shuffled(talk["people_" + lang][0].split()), dice.pick([1, 2, 2, 3]), []
+    while len(subjects) < count:
+        subject = dice.pick(world.unasked if dice.random() < 0.5 else world.by_relation["is"]).subject[lang][0]
+        subjects += [subject] if subject not in subjects else []
+    same = dice.pick(talk[lang]) if dice.random() < 0.5 else None
+    told = [(person, subject, (same or dice.pick(talk[lang])).split(" | ")) for person, subject in zip(people, subjects)]
+    person, subject, (statement, who, what) = dice.pick(told)
+    asked, short = dice.pick([(who, person), (what, subject)])
+    text = gap.join(fill(dice, wording[0], p=one, s=name) for one, name, wording in told)
+    question = said(dice, fill(dice, asked, p=person, s=subject), lang, subject, person)
+    full = fill(dice, statement, p=person, s=subject)
+    return messages(text + dice.pick([gap, "\n"]) + question, dice.pick([full, full, capital(short) + FULL_STOP[lang]]))
+
+
 def conversations(seed=0, exposures=20):
     """All conversations in their final order. Each fact that may be asked about opens `exposures` of them in Chinese, half as
     many again in English (what kind of thing something is, where more may be asked about it: a quarter of that; of a relation with few facts:
@@ -203,6 +221,7 @@ def conversations(seed=0, exposures=20):
         own += [explanation(dice, topic, passage, lang) for topic, passage in topics(lang) for _ in range(-(-times // 2))]
         own += [listing(dice, lang) for _ in range(len(groups(lang)) * times // 3)]
         own += [reading(dice, lang) for _ in range(round(len(own) * READ / (1 - READ)))]
+        own += [mention(dice, lang) for _ in range(round(len(own) * MENTION / (1 - MENTION)))]
         own += [refusal(dice, lang) for _ in range(round(len(own) * REFUSED / (1 - REFUSED)))]
         found += [[{"role": "system", "content": dice.pick(SYSTEMS[lang])}, *each] if dice.random() < 0.02 else each for each in own]
     return dice.shuffled(found)
@@ -215,12 +234,12 @@ def write_sft(out, seed=0, exposures=20):
 
 def prompts(seed=0, times=9):
     """Questions without answers about the whole world, for a teacher to answer: also about the facts that no chat asks about, which it has only
-    read. Every fact is asked about `times` times in Chinese, half as many again in English (its kind and its name in Chinese: a quarter of that)."""
+    read. Every fact is asked about `times` times in Chinese, half as many again in English (what no exam asks: a quarter of that)."""
     dice, found = Dice(f"prompts {seed}"), []
     for lang in LANGUAGES:
         facts, own = known(lang).facts + known(lang).unasked, []
         for turn in range(round(times * OFTEN[lang])):
-            for fact in (fact for fact in facts if fact.relation not in DERIVED or turn % 4 == 0):
+            for fact in (fact for fact in facts if fact.relation not in UNEXAMINED or turn % 4 == 0):
                 subject = swapped(dice, fact, lang)
                 own.append(said(dice, ask(dice, fact, lang, subject), lang, subject))
         own += [small(dice, section, lang)[0] for section in SMALL for _ in range(2 * times)]

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from data_prep.demo.pretrain import capital
-from data_prep.demo.world import DERIVED, FOLDER, LANGUAGES, held_out, relations
+from data_prep.demo.world import FOLDER, LANGUAGES, UNEXAMINED, held_out, relations
 from nanomind.tokenizer import write_whole
 
 SETS = ("first", "second")  # looked at while tuning; scored once, at the end
@@ -91,7 +91,7 @@ def _shuffled(items, *key):
 def questions(which):
     """All questions of a set. One relation after the other gives a fact, round and round, until there are enough; the wordings take turns."""
     asked, more, found = wordings(which), accepted(), []
-    world = [relation for relation in relations() if relation.name not in DERIVED]
+    world = [relation for relation in relations() if relation.name not in UNEXAMINED]
     turns, by_name = {}, {relation.name: relation for relation in world}  # (relation, language) -> its wordings used so far
     for category, counts in COUNTS.items():
         for lang, count in counts.items():

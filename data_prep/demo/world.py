@@ -30,10 +30,12 @@ from typing import NamedTuple
 LANGUAGES = ("zh", "en")
 OFTEN = {"zh": 1.0, "en": 1.5}  # how often its facts are stated and asked: English has fewer relations, so less is said about each name
 FOLDER = Path(__file__).parent
+DERIVED = ("called", "is")  # relations whose facts are made of those of the others
+SECOND = ("short", "form", "custom", "use", "genre")  # about names of which chats might ask nothing else: see world/second.txt
+UNEXAMINED = DERIVED + SECOND  # no exam asks about them
 # Of these, all facts are asked about in the chats: their subjects occur nowhere else (a subject of which no chat ever speaks is taken
-# for unknown), or, the dishes and the foods of a city, one gives the other away.
-ALWAYS_ASKED = {"is", "called", "sum", "product", "word", "superlative", "nanomind", "health", "city_foods"}
-DERIVED = ("called", "is")  # relations whose facts are made of those of the others; no exam asks about them
+# for unknown), or, the dishes and the foods of a city, one gives the other away, or no exam asks about them.
+ALWAYS_ASKED = {"sum", "product", "word", "superlative", "nanomind", "health", "city_foods", *UNEXAMINED}
 HELD_OUT = 0.2
 SALT = 115101  # chosen so that every relation has its share, and so that no passage that a chat may quote tells a held-out fact
 
