@@ -95,8 +95,9 @@ def pack(weight):
 
 
 def past_onednn(dtype):
-    """Is one row's product with plain weights faster without oneDNN? In bf16 it is (by a third on an EPYC), but not where oneDNN has AMX."""
-    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    """Is one row's product with plain weights faster without oneDNN, even where that could have them in its order? In bf16 it is (by a third on an EPYC),
+    but not with AMX."""
+    return dtype == torch.bfloat16 and packs(dtype) and not torch.cpu._is_amx_tile_supported()
 
 
 def product(x, weight):
@@ -112,6 +113,7 @@ class Step:
     def __init__(self, model):
         config = self.config = model.config
         self.embed, self.eps = model.model.embed_tokens, config.rms_norm_eps
+        self.past = past_onednn(self.embed.weight.dtype)
         self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight)
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.norms, self.plain, stretch = [], [], []
@@ -153,7 +155,7 @@ class Step:
     def __call__(self, ids, cache):
         """ids: (B,) -> logits (B, V) fp32; the tokens are now in the cache."""
         was = torch.backends.mkldnn.enabled
-        past = len(ids) == 1 and past_onednn(self.embed.weight.dtype)
+        past = self.past and len(ids) == 1
         torch.backends.mkldnn.enabled = was and not past
         try:
             return self.run(ids, cache, self.plain if past else self.packed)
@@ -161,6 +163,7 @@ class Step:
             torch.backends.mkldnn.enabled = was
 
     def run(self, ids, cache, weights):
+        """The step, with the weights in one order or the other."""
         config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
