@@ -44,7 +44,7 @@ def misheard(dice, relation, lang):
         else:
             i = dice.between(0, len(one) - 1)
             made = one[:i] + dice.pick(two) + one[i + 1:]
-        made = f"《{made}》" if relation == "author" and lang == "zh" else made
+        made = f"《{made}》" if names[0][0] == "《" else made
         if made not in known(lang).names and made != one and len(made) > 1:
             return made
     return None
