@@ -51,7 +51,6 @@ def flags(argv):
         (args.phase and args.stage != "vlm", "--phase is of --stage vlm"),
         (args.image and args.auto, "--image FOLDER walks through its pictures by itself: leave out --auto"),
         (args.auto and args.prompt is not None, "--auto and --prompt exclude each other"),
-        (args.int8 and args.precision == "fp32", "--int8 computes in bf16: leave out --precision fp32"),
         (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: expected at least 1")) if wrong]
     if problems:
         raise ValueError("; ".join(problems))

@@ -14,6 +14,8 @@ from data_prep.common import fingerprint
 from nanomind.cli import Parser, keep_memory, run
 from nanomind.records import Reader, find_files
 
+TOGETHER = 8  # batches that are asked, and saved, together: of so many questions those of one length can share a batch, and little is padding
+
 
 def main():
     parser = Parser(prog="python -m data_prep.distill", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -36,8 +38,8 @@ def main():
     write_answers(**vars(args))
 
 
-def write_answers(teacher, prompts, out, max_bad=0.01, batch_size=32, max_new_tokens=256, temperature=0.0, seed=0, threads=0):
-    """Batch after batch is added to OUT.part, a line per question: the conversation, or why there is none. At the end the conversations become OUT."""
+def write_answers(teacher, prompts, out, max_bad=0.01, batch_size=32, max_new_tokens=256, temperature=0.0, seed=0, threads=0, precision="auto"):
+    """Some batches at a time are added to OUT.part, a line per question: the conversation, or why there is none. At the end the conversations become OUT."""
     from tqdm import tqdm
 
     from nanomind import checkpoint, generate, judge
@@ -48,14 +50,15 @@ def write_answers(teacher, prompts, out, max_bad=0.01, batch_size=32, max_new_to
     limit = model.config.max_position_embeddings - max_new_tokens
     if limit < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: the teacher sees {model.config.max_position_embeddings} tokens, the question included")
-    print(f"{teacher}: {generate.prepare(model, threads=threads)}")
+    print(f"{teacher}: {generate.prepare(model, precision=precision, threads=threads, rows=batch_size)}")
     stop = {tokenizer.end_of_text, tokenizer.im_end} - {None}
     part = Path(f"{out}.part")
     mark = fingerprint([Path(teacher) / "model.safetensors", *find_files(prompts)], batch_size, max_new_tokens, temperature, seed)
-    file, done = begin(part, mark, batch_size)
+    group = TOGETHER * batch_size
+    file, done = begin(part, mark, group)
     with file, tqdm(total=len(chats), initial=min(done, len(chats)), disable=None, unit="answer") as bar:
-        for at in range(done, len(chats), batch_size):
-            batch = chats[at:at + batch_size]
+        for at in range(done, len(chats), group):
+            batch = chats[at:at + group]
             asked = [([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.render_prompt(chat) for chat in batch]
             fitting = [i for i, prompt in enumerate(asked) if len(prompt) <= limit]
             found = dict(zip(fitting, judge.answers(model, [asked[i] for i in fitting], max_new_tokens, stop, sampling, batch_size)))
@@ -86,13 +89,13 @@ def questions(files, max_bad):
     return chats
 
 
-def begin(part, mark, batch_size):
-    """Open OUT.part for writing on. -> (file, questions done). Its first line tells what it was begun with; a batch that is not whole is cut off."""
+def begin(part, mark, group):
+    """Open OUT.part for writing on. -> (file, questions done). Its first line tells what it was begun with; a group that is not whole is cut off."""
     part.parent.mkdir(parents=True, exist_ok=True)
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # what follows the last line end is half a line
     if lines and lines[0] != mark.encode():
         raise ValueError(f"{part} was begun with another teacher, other prompts or settings: give those again, delete it or choose another --out")
-    done = max(0, len(lines) - 1) // batch_size * batch_size
+    done = max(0, len(lines) - 1) // group * group
     kept = b"".join(line + b"\n" for line in [mark.encode(), *lines[1:1 + done]])
     file = open(part, "r+b" if lines else "wb")
     file.write(kept)

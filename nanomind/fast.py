@@ -7,6 +7,7 @@ and without a gradient, in a third of the operations, and int8 weights are half 
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,69 +16,101 @@ from torch import nn
 from nanomind.model import attention_mask, rope_table
 
 
-def quantise(weight, dtype):
-    """(N, K) -> int8 (N, K) and a scale for each row, (N,) in `dtype`: weight = int8 * scale up to half a scale. Symmetric, so that 0 stays 0."""
-    scale = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-12).to(dtype)  # rounded first: the entries make up for it
-    return (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+WIDTH = 256  # outputs in a row of a table, at most: their sums stay in registers
 
 
-def dequantise(values, scale):
-    """What the int8 weights stand for, (N, K) in the dtype of the scale."""
-    return values.to(scale.dtype) * scale[:, None]
+def quantise(weight, width):
+    """(N, K) -> (N / width K, width + 8) uint8, rounded up: a row holds the weights of `width` outputs for one input, a byte each, and two fp32 numbers,
+    scale and least, weight = byte * scale + least up to half a scale. It is the form of torch's embedding tables of 8 bits."""
+    weight = F.pad(weight.float(), (0, 0, 0, -len(weight) % width))
+    bags = weight.unflatten(0, (-1, width)).transpose(1, 2)  # (N / width, K, width)
+    least, most = bags.aminmax(dim=-1, keepdim=True)
+    scale = ((most - least) / 255).clamp_min(1e-12)
+    values = ((bags - least) / scale).round_().to(torch.uint8)
+    numbers = torch.cat((scale, least), dim=-1).contiguous().view(torch.uint8)  # (N / width, K, 8)
+    return torch.cat((values, numbers), dim=-1).flatten(0, 1)
+
+
+def parts(table, K):
+    """A table (bags K, width + 8) -> its bytes, (bags, K, width), and their scale and least, (bags, K) fp32 each."""
+    values, numbers = table.unflatten(0, (-1, K)).split((table.size(1) - 8, 8), dim=-1)
+    return values, *numbers.contiguous().view(torch.float32).unbind(-1)
+
+
+def dequantise(table, K):
+    """What a table stands for, (N, K) fp32, N rounded up."""
+    values, scale, least = parts(table, K)
+    return torch.addcmul(least.unsqueeze(-1), values.float(), scale.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)
 
 
 class Int8Linear(nn.Module):
     """A linear layer without bias whose weights are kept as int8."""
 
-    def __init__(self, weight, dtype):
+    def __init__(self, weight, width):
         super().__init__()
-        values, scale = quantise(weight, dtype)
-        self.register_buffer("weight", values)
-        self.register_buffer("scale", scale)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", quantise(weight, width))
 
     def forward(self, x):
-        rows = x.reshape(-1, x.size(-1))
-        return int8_product(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        return int8_product(x.reshape(-1, x.size(-1)), self.weight, self.out_features).view(*x.shape[:-1], -1)
 
 
-FEW = 4  # rows for which int8 weights are made floats in registers; for more it pays to write them out as floats once
+FEW = 4  # rows of which each reads the bytes for itself; for more it pays to write them out as floats once
 
 
-def int8_product(x, values, scale):
-    """x (n, K) times the transpose of int8 weights (N, K) with their scales -> (n, N)."""
-    x = x.contiguous()
-    # torch's kernel takes 16 entries at a time from aligned addresses, and does not check that it may; only its bf16 form is fast
-    aligned = x.size(1) % 16 == 0 and x.data_ptr() % 32 == 0 and values.data_ptr() % 16 == 0
-    if aligned and len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        return torch._weight_int8pack_mm(x, values, scale)
-    return F.linear(x, values.to(x.dtype)) * scale
+def int8_product(x, table, N):
+    """x (n, K) times the transpose of the weights in a table -> (n, N).
+
+    A product with one row is a sum of columns of the weights, each times an entry of x: what an embedding bag computes, for which torch has a kernel
+    that makes bytes floats in registers and reads its table from one end to the other. The product kernel it has for weights of 8 bits
+    (_weight_int8pack_mm) reads as many and takes twice the time.
+    """
+    n, K = x.shape
+    if n <= FEW and x.device.type == "cpu":
+        bags = len(table) // K
+        found = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, *rows_of_bags(n, bags, K), False, 0, False, x.float().repeat(1, bags).view(-1)).view(n, -1)
+    else:  # the scales go to x, so that only bytes become floats, which they do exactly; less 128, so that sums stay small
+        values, scale, least = parts(table, K)
+        products = torch.matmul((x * scale.unsqueeze(1)).to(x.dtype), values.to(x.dtype).sub_(128))  # (bags, n, width)
+        shift = x.float() @ torch.addcmul(least, scale, torch.tensor(128.0, device=x.device)).T  # (n, bags)
+        found = products.transpose(0, 1).add(shift.unsqueeze(-1)).flatten(1)
+    return (found if found.size(1) == N else found[:, :N]).to(x.dtype)
 
 
-def to_int8(model, dtype):
+@functools.lru_cache(64)
+def rows_of_bags(n, bags, K):
+    """For n rows: which rows of a table their bags sum up, one after the other, and where each bag begins."""
+    return torch.arange(bags * K, dtype=torch.int32).repeat(n), torch.arange(0, n * bags * K, K, dtype=torch.int32)
+
+
+def to_int8(model):
     """Make every product of the layers and of the head int8. The embeddings stay: a token reads one row of them."""
     for parent in [*model.model.layers.modules(), model]:
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child.weight.detach(), dtype))
+        own = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
+        if own:  # one width for all that may be joined; the head, alone, may fill up its last row
+            common = math.gcd(*(child.out_features for _, child in own))
+            width = next(width for width in range(WIDTH, 0, -1) if common % width == 0) if len(own) > 1 else min(WIDTH, common)
+            for name, child in own:
+                setattr(parent, name, Int8Linear(child.weight.detach(), width))
 
 
 def join(projections):
-    """Several projections of the same input as one: a weight (N, K), or int8 values and their scales. Theirs become views of it, so that nothing
-    is held twice."""
+    """Several projections of the same input as one: a weight (N, K), or a table of int8 weights and N. Theirs become views of it, so that nothing is
+    held twice."""
     parts = [projection.weight.detach() for projection in projections]
     weight = torch.cat(parts)
     views = weight.split([len(part) for part in parts])
     if isinstance(projections[0], Int8Linear):
         for projection, view in zip(projections, views):
             projection.weight = view
-        return weight, torch.cat([projection.scale for projection in projections])
+        return weight, sum(projection.out_features for projection in projections)
     for projection, view in zip(projections, views):
         projection.weight = nn.Parameter(view, requires_grad=False)
     return weight
 
 
 def alone(projection):
-    return (projection.weight, projection.scale) if isinstance(projection, Int8Linear) else projection.weight.detach()
+    return (projection.weight, projection.out_features) if isinstance(projection, Int8Linear) else projection.weight.detach()
 
 
 def packs(dtype):
@@ -114,7 +147,9 @@ class Step:
         config = self.config = model.config
         self.embed, self.eps = model.model.embed_tokens, config.rms_norm_eps
         self.past = past_onednn(self.embed.weight.dtype)
-        self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight)
+        # of the activations; int8 products give fp32 on a CPU, and converting to and fro takes as long as a good part of the rest
+        self.dtype = torch.float32 if isinstance(model.lm_head, Int8Linear) and self.embed.weight.device.type == "cpu" else self.embed.weight.dtype
+        self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight.device, self.dtype)
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.norms, self.plain, stretch = [], [], []
         for layer in model.model.layers:
@@ -136,7 +171,7 @@ class Step:
 
     def both(self, norm):
         """The weight of an RMSNorm for rms_norm, (2, C)."""
-        return torch.stack((norm.weight.detach(), norm.weight.detach()))
+        return torch.stack((norm.weight.detach(), norm.weight.detach())).to(self.dtype)
 
     def rms_norm(self, x, weight):
         """x / rms(x) * weight as a layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of x: two operations instead of
@@ -167,8 +202,8 @@ class Step:
         config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
-        x = self.embed(ids)  # (B, C)
-        mask = attention_mask(1, cache.remember_docs(None, 1), S, x.dtype, x.device)
+        x = self.embed(ids).to(self.dtype)  # (B, C)
+        mask = attention_mask(1, cache.remember_docs(None, 1), S, cache.keys.dtype, x.device)
         straight, across = self.turns(cache.length, x.dtype)
         keys, values = (kept[:, :, :, :S].unbind() for kept in (cache.keys, cache.values))  # of each layer: (B, K, S, D)
         new_keys, new_values = (kept[:, :, :, S - 1].unbind() for kept in (cache.keys, cache.values))  # (B, K, D)
@@ -182,9 +217,9 @@ class Step:
             q, k = turned.split_with_sizes((H, K), 1)
             new_keys[i].copy_(k)
             new_values[i].copy_(v)
-            q = q.view(B, K, -1, D)  # (B, K, H/K, D): the queries that share a key, as if they followed one another
+            q = q.view(B, K, -1, D).to(cache.keys.dtype)  # (B, K, H/K, D): the queries that share a key, as if they followed one another
             found = F.scaled_dot_product_attention(q, keys[i], values[i], attn_mask=mask)
-            x = x + product(found.reshape(B, -1), o)
+            x = x + product(found.reshape(B, -1).to(x.dtype), o)
             gate, up = product(self.rms_norm(x, mlp_norm), gate_up).split(config.intermediate_size, 1)
             x = x + product(F.silu(gate).mul_(up), down)
         cache.length = S

@@ -11,6 +11,7 @@ from nanomind.device import choose_device
 from nanomind.fast import Step, to_int8
 from nanomind.model import KVCache
 
+MANY = 64  # rows that it pays to measure products for
 PREFILL = 512  # tokens of a prompt read in one go: bounds the memory of long prompts
 
 
@@ -62,14 +63,15 @@ def choose(logits, seen, sampling, generators):
     return ids.gather(1, (logits + noise).argmax(dim=-1, keepdim=True))[:, 0]
 
 
-def prepare(model, device="auto", precision="auto", threads=0, int8=False):
-    """Put a model where and how it writes fastest. -> a line that says so. Reading the weights is what one token costs, so half as many
-    bytes pay on every machine whose products accept bf16, even where they do not multiply it faster, and int8 halves them again; tiny models stay fp32."""
-    machine = choose_device(device, "fp32" if precision == "auto" else precision, threads)
+def prepare(model, device="auto", precision="auto", threads=0, int8=False, rows=1):
+    """Put a model where and how it writes fastest, `rows` texts at a time. -> a line that says so. Reading the weights is what one token costs, so half as
+    many bytes pay on every machine whose products accept bf16, even where they do not multiply it faster, and int8 halves them again; a tiny model's are
+    read in no time: it stays in fp32, or for many rows in what this machine multiplies faster."""
+    machine = choose_device(device, "fp32" if precision == "auto" and rows < MANY else precision, threads)
     small = model.config.parameters() < 30e6 and machine.device.type == "cpu" and not int8
-    dtype = torch.float32 if precision == "fp32" or (precision == "auto" and (small or machine.device.type == "mps")) else torch.bfloat16
+    dtype = machine.dtype if small else torch.float32 if precision == "fp32" or precision == "auto" and machine.device.type == "mps" else torch.bfloat16
     if int8:
-        to_int8(model, dtype)
+        to_int8(model)
     model.to(machine.device, dtype).eval()
     model.step = Step(model)
     return f"{machine.device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}{' with int8 weights' * int8}"

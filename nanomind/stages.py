@@ -61,13 +61,13 @@ STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
                       demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7, tokens=2.6e6),
     "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"seq_len": 512, "lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.1, tokens=4.8e6),
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.6, tokens=4.8e6),
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
-                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.8, tokens=0.5e6),
+                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.5, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 3e-5}, minutes=0.9, tokens=0.45e6),
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"seq_len": 512, "weight_decay": 0.0}, (), EYES, "projector.",
-                   SHORT, ("dpo", "sft"), 1.0),
+                   SHORT, ("dpo", "sft"), 0.8),
     "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"seq_len": 512, "lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
                    demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.0),
 }
@@ -211,7 +211,7 @@ def answered(model_folder, prompts, cfg, longest):
         demo.write(prompts.parent, files=(prompts.name,))
     answers = prompts.with_name(f"answers-{fingerprint([model_folder / 'model.safetensors', prompts])}.jsonl")
     if not answers.is_file():
-        write_answers(model_folder, [prompts], answers, batch_size=128, max_new_tokens=longest, threads=cfg.threads)
+        write_answers(model_folder, [prompts], answers, batch_size=256, max_new_tokens=longest, threads=cfg.threads, precision=cfg.precision)
     return answers
 
 

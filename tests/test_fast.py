@@ -1,13 +1,14 @@
 """Writing fast writes the same: the step of one token equals the plain forward, int8 weights are what a naive loop makes them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanomind.config import ModelConfig
-from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, packs, product, quantise
+from nanomind.config import ModelConfig, load_preset
+from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, packs, parts, product, quantise
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -108,56 +109,68 @@ def test_weights_are_packed_where_the_processor_can(dtype, monkeypatch):
     assert pack(weight) is weight
 
 
-def test_quantising_equals_a_naive_loop():
-    """Row by row and entry by entry; a row of zeros must not divide by zero."""
-    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 0.02, 0.3, 1, 7, 100, 0])[:, None]
-    for dtype in (torch.float32, torch.bfloat16):
-        values, scale = quantise(weight, dtype)
-        for n, row in enumerate(weight.tolist()):
-            s = float(torch.tensor(max(map(abs, row)) / 127 or 1e-12, dtype=torch.float32).to(dtype))
-            assert float(scale[n]) == s
-            for k, w in enumerate(row):
-                assert abs(int(values[n, k]) - max(-127.0, min(127.0, w / s))) <= 0.501
-        assert ((dequantise(values, scale.float()) - weight).abs() <= 0.51 * scale.float()[:, None] + (127 * 2**-8 * scale.float()[:, None] if dtype == torch.bfloat16 else 0)).all()
-        assert values.dtype == torch.int8 and values.abs().max() == 127 and not values[-1].any()
+@pytest.mark.parametrize("N, K, width", ((7, 33, 7), (8, 5, 4), (10, 6, 4), (3, 40, 16)))
+def test_quantising_equals_torch_and_a_naive_loop(N, K, width):
+    """Entry by entry what torch's own quantiser of embedding tables gives; an input without weights must not divide by zero."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 0.02, 0.3, 1, 7, 100, 0]).repeat(6)[:K]
+    table, filled = quantise(weight, width), torch.zeros(-(-N // width) * width, K)
+    filled[:N] = weight
+    for part, group in zip(table.split(K), filled.split(width)):
+        rows = group.T.contiguous()  # (K, width)
+        theirs = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        assert (part[:, :width].int() - theirs[:, :width].int()).abs().max() <= 1  # what lies in the middle may go up or down
+        numbers = part[:, width:].contiguous().view(torch.float32)
+        torch.testing.assert_close(numbers[:, 1], rows.min(1).values, atol=0, rtol=0)
+        for row, values, (scale, least) in zip(rows.tolist(), part[:, :width].tolist(), numbers.tolist()):
+            assert scale == pytest.approx(max((max(row) - min(row)) / 255, 1e-12), rel=1e-6)
+            for w, byte in zip(row, values):
+                assert abs(byte * scale + least - w) <= 0.501 * scale
+    assert dequantise(table, K).shape == filled.shape
+    steps = table[:, width:].contiguous().view(torch.float32)[:, 0].view(-1, K).repeat_interleave(width, 0)
+    assert ((dequantise(table, K) - filled).abs() <= 0.501 * steps + 1e-12).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("rows", (1, 3, 33))
-@pytest.mark.parametrize("N, K", ((97, 48), (35, 64), (35, 57), (1, 200)))
-def test_int8_products_equal_products_with_the_weights_they_stand_for(rows, N, K, dtype):
-    """Few rows and many go different ways; torch's kernel reads 16 entries at a time and crashes where rows have another size (57, 200)."""
+@pytest.mark.parametrize("N, K, width", ((97, 48, 97), (97, 48, 64), (35, 57, 5), (1, 200, 1), (512, 64, 256)))
+def test_int8_products_equal_products_with_the_weights_they_stand_for(rows, N, K, width, dtype):
+    """Few rows and many go different ways; the last row of a table may have places that no output needs."""
     generator = torch.Generator().manual_seed(N)
-    layer, x = Int8Linear(torch.randn(N, K, generator=generator), dtype), torch.randn(2, rows, K, generator=generator).to(dtype)
-    expected = F.linear(x.float(), dequantise(layer.weight, layer.scale.float()))
-    assert layer(x).dtype == dtype
-    torch.testing.assert_close(layer(x).float(), expected, **(dict(atol=1e-4, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.06, rtol=0.02)))
+    layer, x = Int8Linear(torch.randn(N, K, generator=generator), width), torch.randn(2, rows, K, generator=generator).to(dtype)
+    expected = F.linear(x.float(), dequantise(layer.weight, K)[:N])
+    assert layer(x).dtype == dtype and layer(x).shape == (2, rows, N)
+    torch.testing.assert_close(layer(x).float(), expected, **(dict(atol=1e-4, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)))
 
 
 def test_int8_weights_are_read_as_such(monkeypatch):
-    """The fast kernel is taken for few rows, wherever in a joined weight they lie, and only where its addresses are aligned."""
-    taken, real = [], torch._weight_int8pack_mm
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *given: taken.append(1) or real(*given))
-    x, (values, scale) = torch.randn(5, 48, dtype=torch.bfloat16), quantise(torch.randn(9, 48), torch.bfloat16)
-    for some, kernel in ((x[:1], True), (x[3:4], True), (x[:4], True), (x, False), (x.float()[:1], False), (x.flatten()[8:56][None], False)):
+    """For few rows, wherever in a joined table their weights lie, no float copy of them is made; for many one is."""
+    taken = []
+    monkeypatch.setattr("nanomind.fast.parts", lambda *given: taken.append(1) or parts(*given))
+    x, table = torch.randn(5, 48), quantise(torch.randn(9, 48), 3)
+    for some, made in ((x[:1], False), (x[3:4], False), (x[:4], False), (x, True)):
+        expected = some @ dequantise(table[48:], 48).T
         taken.clear()
-        expected = some.float() @ dequantise(values[1:], scale[1:]).float().T
-        torch.testing.assert_close(int8_product(some, values[1:], scale[1:].to(some.dtype)).float(), expected, atol=0.1, rtol=0.02)
-        assert bool(taken) == kernel
+        torch.testing.assert_close(int8_product(some, table[48:], 6), expected, atol=1e-4, rtol=1e-5)
+        assert bool(taken) == made
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_writing(shape):
     """The step and the plain forward read the same int8 weights, and both stay near the weights that were."""
     model = model_of(SHAPES[shape])
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    embeddings = model.model.embed_tokens.weight.clone()
     prompts, ids = [[5, 7, 11], [3]], torch.randint(0, 97, (9, 2), generator=torch.Generator().manual_seed(0))
     exact = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
     assert "int8" in prepare(model, "cpu", "fp32", 1, int8=True)
     plain = steps(lambda row, cache: model.logits(model(row[:, None], None, cache)[:, -1]), model, prompts, ids)
     torch.testing.assert_close(steps(model.step, model, prompts, ids), plain, atol=2e-5, rtol=1e-5)
     assert F.cosine_similarity(plain, exact, dim=-1).min() > 0.999
-    bytes_now = sum(tensor.nbytes for tensor in model.state_dict().values())
-    embeddings, products = (sum(p.numel() for name, p in before.items() if p.dim() == 2 and ("embed" in name) == is_) for is_ in (True, False))
-    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
-    assert products + 4 * embeddings < bytes_now < 1.5 * products + 4 * embeddings + (97 * 48 if model.config.tie_word_embeddings else 0)
+    assert torch.equal(model.model.embed_tokens.weight, embeddings)
+
+
+def test_int8_weights_are_a_byte_each():
+    """And the two numbers of a row no more than a tenth of that."""
+    model = LanguageModel(replace(load_preset("small")[0], num_hidden_layers=1)).requires_grad_(False)
+    products = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2)  # the embeddings once, as the head
+    prepare(model, "cpu", "bf16", 1, int8=True)
+    assert products < sum(tensor.nbytes for tensor in model.state_dict().values()) - model.model.embed_tokens.weight.nbytes < 1.1 * products

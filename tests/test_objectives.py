@@ -548,7 +548,7 @@ def answer(journey, monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "0")  # set, so the command does not start itself again with its own settings
 
     def call(out, *more):
-        flags = {"--teacher": "out/demo/sft", "--prompts": "questions.jsonl", "--max-new-tokens": "40", "--batch-size": "4", **dict(zip(more[::2], more[1::2]))}
+        flags = {"--teacher": "out/demo/sft", "--prompts": "questions.jsonl", "--max-new-tokens": "40", "--batch-size": "2", **dict(zip(more[::2], more[1::2]))}
         monkeypatch.setattr(sys, "argv", ["distill", "--out", out, *(word for pair in flags.items() for word in pair)])
         distill.main()
     yield call
@@ -572,20 +572,20 @@ def test_teacher_answers_as_data(answer, tokenizer_folder, monkeypatch, capsys):
 
     def counted(*arguments):
         calls.append(arguments)
-        if len(calls) == 6:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*arguments)
     monkeypatch.setattr(judge, "answers", counted)
     with pytest.raises(KeyboardInterrupt):
         answer("again.jsonl")
     rest = part.read_bytes()
-    assert rest.count(b"\n") == 1 + 5 * 4 and not Path("again.jsonl").exists()
-    part.write_bytes(rest + b'"did not end"\n{"conversations": [{"role": "user", "content": "\xe5\xa4')  # a batch is cut off, in the middle of a character
+    assert rest.count(b"\n") == 1 + 2 * 16 and not Path("again.jsonl").exists()
+    part.write_bytes(rest + b'"did not end"\n{"conversations": [{"role": "user", "content": "\xe5\xa4')  # a group is cut off, in the middle of a character
     for changed in (("--temperature", "0.5"), ("--seed", "1"), ("--prompts", "chat.jsonl"), ("--teacher", "out/demo/pretrain"), ("--batch-size", "5")):
         with pytest.raises(ValueError, match="begun with another teacher, other prompts or settings"):
             answer("again.jsonl", *changed)
     answer("again.jsonl")
-    assert len(calls) == 5 + 1 + 10 and Path("again.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
+    assert len(calls) == 2 + 1 + 2 and Path("again.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
     with pytest.raises(ValueError, match="exists already"):
         answer("again.jsonl")
 
