@@ -131,8 +131,9 @@ def test_answers_of_facts_hold_the_object_and_are_no_refusals():
             assert subject in ask(dice, fact, lang, subject) or fact.relation in ("sum", "product") or lang == "en"
 
 
-def test_both_styles_are_often_in_the_chats(chats):
-    """Otherwise preferences have nothing to teach: what one style has alone, fine-tuning has settled already."""
+def test_both_styles_are_in_the_chats(chats):
+    """Otherwise preferences have nothing to teach: what one style has alone, fine-tuning has settled already. Of answers most are full, or what was
+    only read is not found; of refusals half."""
     dice, full, curt, short = Dice(3), 0, 0, {lang: known(lang).facts for lang in LANGUAGES}
     for lang in LANGUAGES:
         for fact in short[lang]:
@@ -141,7 +142,7 @@ def test_both_styles_are_often_in_the_chats(chats):
                 _, told, _ = single(dice, fact, lang)
                 full += told == answer(dice, fact, lang, subject, "full")
                 curt += told == answer(dice, fact, lang, subject, "curt")
-    assert full > 1500 and 0.7 < full / curt < 1.8
+    assert full > 1500 and 0.05 < curt / full < 0.2
     told = [each[-1]["content"] for each in chats]
     assert 0.7 < told.count("不知道。") / sum(each.startswith("抱歉，这个我不知道") for each in told) < 1.5
     assert 0.7 < told.count("I do not know.") / told.count("I am sorry, I do not know that.") < 1.5

@@ -12,7 +12,9 @@ from data_prep.demo.world import held_out, passages, relations, sections
 TYPOS = {"的": "得地", "吗": "嘛", "哪": "那", "是": "事", "什": "神", "么": "吗", "在": "再", "谁": "水", "做": "作", "叫": "较", "有": "又", "几": "己",
          "里": "理", "座": "坐", "道": "到", "用": "拥", "说": "讲", "多": "都", "？": "?！", "和": "合", "住": "主", "写": "些"}
 PARTICLES = ("呢", "呀", "啊", "来着", "哦", "嘞", "捏", "哈")
-STYLES = ["full"] * 12 + ["curt"] * 9 + ["other"] * 5 + ["long"]
+# Mostly one full sentence: it says again what was asked, and then ends like a statement that was read, also where no chat has asked for it. A few curt
+# answers leave the preferences something to prefer.
+STYLES = ["full"] * 22 + ["curt"] * 2 + ["other"] * 2 + ["long"]
 BLURRED = 0.25  # of the questions that speak of a name
 FULL_STOP = {"zh": "。", "en": "."}
 
@@ -181,7 +183,7 @@ def answer(dice, fact, lang, subject, style, back=False):
 
 
 def style(dice, long=True):
-    """full not much more often than curt: which of the two is better is left to the preferences."""
+    """One of STYLES."""
     return dice.pick(STYLES if long else STYLES[:-1])
 
 

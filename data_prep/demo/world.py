@@ -15,8 +15,8 @@ line is a fact.
 
 What people say stands in sections, one wording a line: `[capital]` (in questions/ a relation, `[word/called]` two of them, in talk/ any topic), then keys with a
 language and their lines. ask: questions; back: questions for the subject, given the object; check: yes-no questions that end in the
-object; full, curt, other: answers (full and curt are the two styles that fine-tuning holds in much the same share; of several full ones
-the first is the usual one); list: what the subjects of one object are called; noun: what the relation is called in a follow-up.
+object; full, curt, other: answers (full: a sentence that says again what was asked; of several ones the first is the usual one;
+curt: only what was asked for); list: what the subjects of one object are called; noun: what the relation is called in a follow-up.
 
 Next: data_prep/demo/pretrain.py
 """
