@@ -264,5 +264,5 @@ def as_documents(seed=0, exposures=20):
         for chat in chunk:
             told = [message["content"] for message in chat if message["role"] != "system"]
             chinese = any("\u4e00" <= letter <= "\u9fff" for letter in told[-1])
-            lines += [(("问：", "答：") if chinese else ("Q: ", "A: "))[i % 2] + text for i, text in enumerate(told)]
+            lines += [(("问：", "答：") if chinese else ("user: ", "assistant: "))[i % 2] + text for i, text in enumerate(told)]
         yield "\n".join(lines)
