@@ -55,7 +55,7 @@ class Int8Linear(nn.Module):
         return int8_product(x.reshape(-1, x.size(-1)), self.weight, self.out_features).view(*x.shape[:-1], -1)
 
 
-FEW = 4  # rows of which each reads the bytes for itself; for more it pays to write them out as floats once
+FEW = 16  # rows of which each reads the bytes for itself; for more it pays to write them out as floats once
 
 
 def int8_product(x, table, N):
@@ -147,9 +147,9 @@ class Step:
         config = self.config = model.config
         self.embed, self.eps = model.model.embed_tokens, config.rms_norm_eps
         self.past = past_onednn(self.embed.weight.dtype)
-        # of the activations; int8 products give fp32 on a CPU, and converting to and fro takes as long as a good part of the rest
-        self.dtype = torch.float32 if isinstance(model.lm_head, Int8Linear) and self.embed.weight.device.type == "cpu" else self.embed.weight.dtype
-        self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight.device, self.dtype)
+        # few rows times int8 weights on a CPU give fp32, and converting to and fro takes as long as a good part of the rest
+        self.in_fp32 = isinstance(model.lm_head, Int8Linear) and self.embed.weight.device.type == "cpu"
+        self.signs = torch.tensor([[1.0], [-1.0]]).to(self.embed.weight)
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.norms, self.plain, stretch = [], [], []
         for layer in model.model.layers:
@@ -171,7 +171,8 @@ class Step:
 
     def both(self, norm):
         """The weight of an RMSNorm for rms_norm, (2, C)."""
-        return torch.stack((norm.weight.detach(), norm.weight.detach())).to(self.dtype)
+        weight = norm.weight.detach().to(torch.float32 if self.in_fp32 else norm.weight.dtype)
+        return torch.stack((weight, weight))
 
     def rms_norm(self, x, weight):
         """x / rms(x) * weight as a layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of x: two operations instead of
@@ -202,7 +203,8 @@ class Step:
         config, B, S = self.config, len(ids), cache.length + 1
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert S <= cache.size, f"{S} tokens do not fit a cache of {cache.size}"
-        x = self.embed(ids).to(self.dtype)  # (B, C)
+        x = self.embed(ids)  # (B, C)
+        x = x.float() if self.in_fp32 and B <= FEW else x
         mask = attention_mask(1, cache.remember_docs(None, 1), S, cache.keys.dtype, x.device)
         straight, across = self.turns(cache.length, x.dtype)
         keys, values = (kept[:, :, :, :S].unbind() for kept in (cache.keys, cache.values))  # of each layer: (B, K, S, D)
