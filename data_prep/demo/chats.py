@@ -10,7 +10,7 @@ from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import FULL_STOP, answer, ask, decline, fill, known, reply, said, style, swapped
 from data_prep.demo.world import LANGUAGES, OFTEN, UNEXAMINED, passages, sections
 
-REFUSED = 0.23  # of all conversations
+REFUSED = 0.2  # of all conversations
 READ, MENTION = 0.08, 0.06  # of those about something: the answer stands before the question
 FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
