@@ -37,12 +37,6 @@ def parts(table, K):
     return values, *numbers.contiguous().view(torch.float32).unbind(-1)
 
 
-def dequantise(table, K):
-    """What a table stands for, (N, K) fp32, N rounded up."""
-    values, scale, least = parts(table, K)
-    return torch.addcmul(least.unsqueeze(-1), values.float(), scale.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)
-
-
 class Int8Linear(nn.Module):
     """A linear layer without bias whose weights are kept as int8."""
 
@@ -97,9 +91,9 @@ def to_int8(model):
 def join(projections):
     """Several projections of the same input as one: a weight (N, K), or a table of int8 weights and N. Theirs become views of it, so that nothing is
     held twice."""
-    parts = [projection.weight.detach() for projection in projections]
-    weight = torch.cat(parts)
-    views = weight.split([len(part) for part in parts])
+    pieces = [projection.weight.detach() for projection in projections]
+    weight = torch.cat(pieces)
+    views = weight.split([len(piece) for piece in pieces])
     if isinstance(projections[0], Int8Linear):
         for projection, view in zip(projections, views):
             projection.weight = view

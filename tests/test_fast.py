@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomind.config import ModelConfig, load_preset
-from nanomind.fast import Int8Linear, Step, dequantise, int8_product, pack, packs, parts, product, quantise
+from nanomind.fast import Int8Linear, Step, int8_product, pack, packs, parts, product, quantise
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -107,6 +107,12 @@ def test_weights_are_packed_where_the_processor_can(dtype, monkeypatch):
     assert pack(weight).is_mkldnn == (can and dtype == torch.float32)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert pack(weight) is weight
+
+
+def dequantise(table, K):
+    """What a table stands for, (N, K) fp32, N rounded up."""
+    values, scale, least = parts(table, K)
+    return (least.unsqueeze(-1) + values.float() * scale.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)
 
 
 @pytest.mark.parametrize("N, K, width", ((7, 33, 7), (8, 5, 4), (10, 6, 4), (3, 40, 16)))
