@@ -53,7 +53,7 @@ def write_answers(teacher, prompts, out, max_bad=0.01, batch_size=32, max_new_to
     print(f"{teacher}: {generate.prepare(model, precision=precision, threads=threads, rows=batch_size)}")
     stop = {tokenizer.end_of_text, tokenizer.im_end} - {None}
     part = Path(f"{out}.part")
-    mark = fingerprint([Path(teacher) / "model.safetensors", *find_files(prompts)], batch_size, max_new_tokens, temperature, seed)
+    mark = fingerprint([Path(teacher) / "model.safetensors", *find_files(prompts)], batch_size, max_new_tokens, temperature, seed, precision)
     group = TOGETHER * batch_size
     file, done = begin(part, mark, group)
     with file, tqdm(total=len(chats), initial=min(done, len(chats)), disable=None, unit="answer") as bar:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import bpe
 from data_prep import demo
 from data_prep.demo.pretrain import CHOICE, Dice, one_pass
 from data_prep.demo.world import LANGUAGES, _read_table, passages, relations
+from nanomind.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = {
@@ -51,8 +53,15 @@ def test_another_seed_mixes_otherwise(tmp_path):
 def test_dialogues_are_mixed_in_only_on_request(tmp_path):
     """The quick start's pretraining text must not change when the chats do."""
     plain, mixed = (demo.write(tmp_path / str(asked), exposures=1, mixed=asked, files=["pretrain.jsonl"])[0].read_text("utf-8") for asked in (0, 1))
-    assert "\\n答：" not in plain and "\\nA: " not in plain
-    assert mixed.count("答：") > 1500 and set(plain.splitlines()) < set(mixed.splitlines())
+    assert not any(speaker in plain for speaker in ("\\n答：", "\\nassistant: "))
+    assert mixed.count("答：") > 1500 and mixed.count("\\nassistant: ") > 1000 and set(plain.splitlines()) < set(mixed.splitlines())
+
+
+def test_the_roles_of_a_chat_are_a_token_each(tmp_path):
+    """They stand in every turn of every later stage. The tokenizer of the journey learns them from the dialogues."""
+    vocab_size = STAGES["pretrain"].demo["vocab_size"]
+    tokenizer = bpe.train(demo.write(tmp_path, files=STAGES["pretrain"].builtin), vocab_size)
+    assert [len(tokenizer.encode(role)) for role in ("user", "assistant")] == [1, 1]
 
 
 @pytest.mark.parametrize("form", ["relation", "subject", "random"])

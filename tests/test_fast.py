@@ -186,3 +186,11 @@ def test_int8_weights_are_a_byte_each():
     products = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2)  # the embeddings once, as the head
     prepare(model, "cpu", "bf16", 1, int8=True)
     assert products < sum(tensor.nbytes for tensor in model.state_dict().values()) - model.model.embed_tokens.weight.nbytes < 1.1 * products
+
+
+@pytest.mark.parametrize("gain, rows, precision, dtype", ((3.0, 256, "auto", "bfloat16"), (0.5, 256, "auto", "float32"), (3.0, 1, "auto", "float32"),
+                                                          (3.0, 256, "fp32", "float32"), (0.5, 1, "bf16", "bfloat16")))
+def test_a_tiny_model_writes_many_texts_in_what_is_multiplied_faster(gain, rows, precision, dtype, monkeypatch):
+    monkeypatch.setattr("nanomind.device.product_rates", lambda: {torch.bfloat16: gain, torch.float32: 1.0})
+    model = model_of({})
+    assert dtype in prepare(model, "cpu", precision, 1, rows=rows) and model.lm_head.weight.dtype == getattr(torch, dtype)

@@ -559,6 +559,7 @@ def test_teacher_answers_as_data(answer, tokenizer_folder, monkeypatch, capsys):
     """A killed run that begins again from nothing, skips a batch or writes one twice. Stopped in the middle, its last line half written, and gone on
     with, the file must equal that of an uninterrupted run; it is chat data; what was begun with other settings is not gone on with."""
     from data_prep.common import prepare
+    from data_prep.distill import write_answers
     from nanomind import judge
     answer("whole.jsonl")
     out = capsys.readouterr().out
@@ -584,6 +585,8 @@ def test_teacher_answers_as_data(answer, tokenizer_folder, monkeypatch, capsys):
     for changed in (("--temperature", "0.5"), ("--seed", "1"), ("--prompts", "chat.jsonl"), ("--teacher", "out/demo/pretrain"), ("--batch-size", "5")):
         with pytest.raises(ValueError, match="begun with another teacher, other prompts or settings"):
             answer("again.jsonl", *changed)
+    with pytest.raises(ValueError, match="begun with another teacher, other prompts or settings"):
+        write_answers("out/demo/sft", ["questions.jsonl"], "again.jsonl", batch_size=2, max_new_tokens=40, precision="bf16")
     answer("again.jsonl")
     assert len(calls) == 2 + 1 + 2 and Path("again.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
     with pytest.raises(ValueError, match="exists already"):

@@ -9,7 +9,7 @@ from data_prep.demo.unknown import about_name, classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, said, swapped
 from data_prep.demo.world import LANGUAGES, sections
 
-# Chats hold a few curt answers, and what is short is likely: before DPO many of them are preferred; now the full one is. Inventing an answer
+# Chats hold a few curt answers and as many curt refusals and greetings as full ones; now the full ones are preferred. Inventing an answer
 # ("invented") is as wrong as declining what one knows ("shy"), and the two have to balance: with few of the second a model declines more of what
 # it knows. The other kinds are few: a model that has learnt its chats rates them right from the start.
 KINDS = ["curt"] * 44 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 12 + ["shy"] * 14

@@ -183,7 +183,7 @@ def answer(dice, fact, lang, subject, style, back=False):
 
 
 def style(dice, long=True):
-    """One of STYLES."""
+    """One of STYLES; where there is no room for many words (`long` is false), not the last."""
     return dice.pick(STYLES if long else STYLES[:-1])
 
 
