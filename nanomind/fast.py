@@ -31,10 +31,11 @@ def quantise(weight, width):
     return torch.cat((values, numbers), dim=-1).flatten(0, 1)
 
 
-def parts(table, K):
-    """A table (bags K, width + 8) -> its bytes, (bags, K, width), and their scale and least, (bags, K) fp32 each."""
-    values, numbers = table.unflatten(0, (-1, K)).split((table.size(1) - 8, 8), dim=-1)
-    return values, *numbers.contiguous().view(torch.float32).unbind(-1)
+def unpacked(table):
+    """A table (n, width + 8) -> the weights it stands for, (n, width) fp32: what torch's kernel does on a CPU, for every device."""
+    values, numbers = table.split((table.size(1) - 8, 8), dim=-1)
+    scale, least = numbers.contiguous().view(torch.float32).split(1, dim=-1)
+    return torch.addcmul(least, values, scale)
 
 
 class Int8Linear(nn.Module):
@@ -62,12 +63,11 @@ def int8_product(x, table, N):
     n, K = x.shape
     if n <= FEW and x.device.type == "cpu":
         bags = len(table) // K
-        found = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, *rows_of_bags(n, bags, K), False, 0, False, x.float().repeat(1, bags).view(-1)).view(n, -1)
-    else:  # the scales go to x, so that only bytes become floats, which they do exactly; less 128, so that sums stay small
-        values, scale, least = parts(table, K)
-        products = torch.matmul((x * scale.unsqueeze(1)).to(x.dtype), values.to(x.dtype).sub_(128))  # (bags, n, width)
-        shift = x.float() @ torch.addcmul(least, scale, torch.tensor(128.0, device=x.device)).T  # (n, bags)
-        found = products.transpose(0, 1).add(shift.unsqueeze(-1)).flatten(1)
+        weights = x.float().unsqueeze(1).expand(-1, bags, -1).reshape(-1)  # of the rows of each bag
+        found = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, *rows_of_bags(n, bags, K), False, 0, False, weights).view(n, -1)
+    else:
+        weights = (torch.ops.quantized.embedding_bag_byte_unpack if table.device.type == "cpu" else unpacked)(table)
+        found = torch.matmul(x, weights.to(x.dtype).unflatten(0, (-1, K))).transpose(0, 1).flatten(1)  # (bags, n, width) -> (n, bags width)
     return (found if found.size(1) == N else found[:, :N]).to(x.dtype)
 
 

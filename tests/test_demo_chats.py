@@ -108,10 +108,10 @@ def test_questions_get_answers_in_their_language(turns):
             assert not re.search(r"[，。]", told) or re.fullmatch(r"\W*[\w'. ]+\W*", question), (question, told)
 
 
-def test_a_fifth_of_the_chats_declines_in_many_words(chats):
+def test_over_a_fifth_of_the_chats_declines_in_many_words(chats):
     last = [each[-1]["content"] for each in chats]
     refused = [told for told in last if declined(told)]
-    assert 0.15 < len(refused) / len(last) < 0.25
+    assert 0.18 < len(refused) / len(last) < 0.28
     assert len({told for told in refused if len(told) < 40}) > 30
     for lang in LANGUAGES:
         for how in ("full", "curt", "other"):
@@ -132,8 +132,8 @@ def test_answers_of_facts_hold_the_object_and_are_no_refusals():
 
 
 def test_both_styles_are_in_the_chats(chats):
-    """Otherwise preferences have nothing to teach: what one style has alone, fine-tuning has settled already. Of answers most are full, or what was
-    only read is not found; of refusals half."""
+    """Otherwise preferences have nothing to teach: what one style has alone, fine-tuning has settled already. Most are full: of answers, or what was
+    only read is not found; of refusals, or each of their beginnings is less likely than that of an answer."""
     dice, full, curt, short = Dice(3), 0, 0, {lang: known(lang).facts for lang in LANGUAGES}
     for lang in LANGUAGES:
         for fact in short[lang]:
@@ -144,8 +144,8 @@ def test_both_styles_are_in_the_chats(chats):
                 curt += told == answer(dice, fact, lang, subject, "curt")
     assert full > 1500 and 0.05 < curt / full < 0.2
     told = [each[-1]["content"] for each in chats]
-    assert 0.7 < told.count("不知道。") / sum(each.startswith("抱歉，这个我不知道") for each in told) < 1.5
-    assert 0.7 < told.count("I do not know.") / told.count("I am sorry, I do not know that.") < 1.5
+    for polite, short in (("抱歉，这个我不知道。", "不知道。"), ("I am sorry, I do not know that.", "I do not know.")):
+        assert 0.05 < told.count(short) / told.count(polite) < 0.25
 
 
 def test_unanswerable_questions_name_nothing_known():

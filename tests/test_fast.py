@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomind.config import ModelConfig, load_preset
-from nanomind.fast import Int8Linear, Step, int8_product, pack, packs, parts, product, quantise
+from nanomind.fast import Int8Linear, Step, int8_product, pack, packs, product, quantise, unpacked
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
 
@@ -111,8 +111,7 @@ def test_weights_are_packed_where_the_processor_can(dtype, monkeypatch):
 
 def dequantise(table, K):
     """What a table stands for, (N, K) fp32, N rounded up."""
-    values, scale, least = parts(table, K)
-    return (least.unsqueeze(-1) + values.float() * scale.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)
+    return unpacked(table).unflatten(0, (-1, K)).transpose(1, 2).flatten(0, 1)
 
 
 @pytest.mark.parametrize("N, K, width", ((7, 33, 7), (8, 5, 4), (10, 6, 4), (3, 40, 16)))
@@ -131,6 +130,7 @@ def test_quantising_equals_torch_and_a_naive_loop(N, K, width):
             assert scale == pytest.approx(max((max(row) - min(row)) / 255, 1e-12), rel=1e-6)
             for w, byte in zip(row, values):
                 assert abs(byte * scale + least - w) <= 0.501 * scale
+    torch.testing.assert_close(unpacked(table), torch.ops.quantized.embedding_bag_byte_unpack(table), atol=1e-6, rtol=1e-6)
     assert dequantise(table, K).shape == filled.shape
     steps = table[:, width:].contiguous().view(torch.float32)[:, 0].view(-1, K).repeat_interleave(width, 0)
     assert ((dequantise(table, K) - filled).abs() <= 0.501 * steps + 1e-12).all()
@@ -150,8 +150,8 @@ def test_int8_products_equal_products_with_the_weights_they_stand_for(rows, N, K
 
 def test_int8_weights_are_read_as_such(monkeypatch):
     """For few rows, wherever in a joined table their weights lie, no float copy of them is made; for many one is."""
-    taken = []
-    monkeypatch.setattr("nanomind.fast.parts", lambda *given: taken.append(1) or parts(*given))
+    taken, unpack = [], torch.ops.quantized.embedding_bag_byte_unpack
+    monkeypatch.setattr(torch.ops.quantized, "embedding_bag_byte_unpack", lambda *given: taken.append(1) or unpack(*given))
     x, table = torch.randn(17, 48), quantise(torch.randn(9, 48), 3)
     for some, made in ((x[:1], False), (x[3:4], False), (x[:16], False), (x, True)):
         expected = some @ dequantise(table[48:], 48).T

@@ -10,7 +10,9 @@ from data_prep.demo.unknown import classes, unanswerable
 from data_prep.demo.wording import FULL_STOP, answer, ask, decline, fill, known, reply, said, style, swapped
 from data_prep.demo.world import LANGUAGES, OFTEN, UNEXAMINED, passages, sections
 
-REFUSED = 0.2  # of all conversations
+REFUSED = {"zh": 0.24, "en": 0.19}  # of all conversations of a language: Chinese knows more names, so more come close to one it does not know
+# A greedy answer declines when one beginning of a refusal is likelier than the beginning of an answer, so nearly all refusals begin alike
+REFUSALS = ["full"] * 8 + ["curt", "other"]
 READ, MENTION = 0.08, 0.06  # of those about something: the answer stands before the question
 FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
@@ -153,7 +155,7 @@ def explanation(dice, topic, passage, lang):
 def refusal(dice, lang):
     """A question without an answer, now and then after one with an answer."""
     question, about, section = unanswerable(dice, lang)
-    turn = [said(dice, question, lang, about), decline(dice, lang, dice.pick(["full", "full", "curt", "curt", "other"]), about, section)]
+    turn = [said(dice, question, lang, about), decline(dice, lang, dice.pick(REFUSALS), about, section)]
     if dice.random() < 0.12:
         first, told, _ = single(dice, dice.pick(known(lang).facts), lang, style(dice, long=False))
         return messages(first, told, *turn)
@@ -222,7 +224,7 @@ def conversations(seed=0, exposures=20):
         own += [listing(dice, lang) for _ in range(len(groups(lang)) * times // 3)]
         own += [reading(dice, lang) for _ in range(round(len(own) * READ / (1 - READ)))]
         own += [mention(dice, lang) for _ in range(round(len(own) * MENTION / (1 - MENTION)))]
-        own += [refusal(dice, lang) for _ in range(round(len(own) * REFUSED / (1 - REFUSED)))]
+        own += [refusal(dice, lang) for _ in range(round(len(own) * REFUSED[lang] / (1 - REFUSED[lang])))]
         found += [[{"role": "system", "content": dice.pick(SYSTEMS[lang])}, *each] if dice.random() < 0.02 else each for each in own]
     return dice.shuffled(found)
 
@@ -244,7 +246,7 @@ def prompts(seed=0, times=9):
                 own.append(said(dice, ask(dice, fact, lang, subject), lang, subject))
         own += [small(dice, section, lang)[0] for section in SMALL for _ in range(2 * times)]
         own += [small(dice, section, lang, "full")[0] for section in AUTOMATIC if "ask_" + lang in sections("talk")[section] for _ in range(5 * times)]
-        for _ in range(round(len(own) * REFUSED / (1 - REFUSED))):
+        for _ in range(round(len(own) * REFUSED[lang] / (1 - REFUSED[lang]))):
             question, about, _ = unanswerable(dice, lang)
             own.append(said(dice, question, lang, about))
         found += own
