@@ -12,7 +12,7 @@ from data_prep.demo.world import LANGUAGES, sections
 # Chats hold a few curt answers and refusals and as many curt greetings as full ones; now the full ones are preferred. Inventing an answer
 # ("invented") is as wrong as declining what one knows ("shy"), and the two have to balance: with few of the second a model declines more of what
 # it knows. The other kinds are few: a model that has learnt its chats rates them right from the start.
-KINDS = ["curt"] * 44 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 15 + ["shy"] * 12
+KINDS = ["curt"] * 44 + ["shrug"] * 10 + ["cold"] * 7 + ["long"] * 7 + ["language"] * 4 + ["rude"] * 4 + ["invented"] * 13 + ["shy"] * 13
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "ok")
 
 
