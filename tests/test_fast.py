@@ -130,7 +130,8 @@ def test_quantising_equals_torch_and_a_naive_loop(N, K, width):
             assert scale == pytest.approx(max((max(row) - min(row)) / 255, 1e-12), rel=1e-6)
             for w, byte in zip(row, values):
                 assert abs(byte * scale + least - w) <= 0.501 * scale
-    torch.testing.assert_close(unpacked(table), torch.ops.quantized.embedding_bag_byte_unpack(table), atol=1e-6, rtol=1e-6)
+    apart = unpacked(table) - torch.ops.quantized.embedding_bag_byte_unpack(table)
+    assert (apart.abs() <= 1e-4 * table[:, width:].contiguous().view(torch.float32)[:, :1]).all()  # of a step
     assert dequantise(table, K).shape == filled.shape
     steps = table[:, width:].contiguous().view(torch.float32)[:, 0].view(-1, K).repeat_interleave(width, 0)
     assert ((dequantise(table, K) - filled).abs() <= 0.501 * steps + 1e-12).all()
