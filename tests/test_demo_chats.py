@@ -10,7 +10,7 @@ import time
 import pytest
 
 from data_prep import chat, demo, pairs
-from data_prep.demo.chats import AUTOMATIC, conversations, following, mention, reading, single, topics
+from data_prep.demo.chats import AUTOMATIC, REFUSED, conversations, following, mention, reading, single, topics
 from data_prep.demo.preferences import about_a_fact, about_nothing
 from data_prep.demo.pretrain import Dice, capital
 from data_prep.demo.unknown import KINDS, all_classes, misheard, unanswerable
@@ -116,6 +116,17 @@ def test_over_a_fifth_of_the_chats_declines_in_many_words(chats):
     for lang in LANGUAGES:
         for how in ("full", "curt", "other"):
             assert all(declined(decline(Dice(i), lang, how, "X", section)) for i in range(40) for section in ("decline", "far", "bigger"))
+
+
+def test_each_language_has_its_share_of_refusals(monkeypatch):
+    monkeypatch.setattr("data_prep.demo.chats.refusal", lambda dice, lang: [{"role": "assistant", "content": "refused"}])
+    shares = {}
+    for lang in LANGUAGES:
+        monkeypatch.setattr("data_prep.demo.chats.LANGUAGES", (lang,))
+        found = conversations(0, 1)
+        shares[lang] = sum(chat[-1]["content"] == "refused" for chat in found) / len(found)
+        assert shares[lang] == pytest.approx(REFUSED[lang], abs=0.002)
+    assert shares["zh"] > shares["en"] + 0.03
 
 
 def test_answers_of_facts_hold_the_object_and_are_no_refusals():

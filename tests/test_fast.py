@@ -159,6 +159,7 @@ def test_int8_weights_are_read_as_such(monkeypatch):
         taken.clear()
         torch.testing.assert_close(int8_product(some, table[48:], 6), expected, atol=1e-4, rtol=1e-5)
         assert bool(taken) == made
+    assert int8_product(x.to("meta"), table[48:].to("meta"), 6).shape == (17, 6)  # what other devices go through
 
 
 @pytest.mark.parametrize("shape", SHAPES)
