@@ -63,7 +63,7 @@ def int8_product(x, table, N):
     n, K = x.shape
     if n <= FEW and x.device.type == "cpu":
         bags = len(table) // K
-        weights = x.float().unsqueeze(1).expand(-1, bags, -1).reshape(-1)  # of the rows of each bag
+        weights = torch.empty(n, bags, K).copy_(x.unsqueeze(1)).view(-1)  # of the rows of each bag, made fp32 and repeated in one go
         found = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, *rows_of_bags(n, bags, K), False, 0, False, weights).view(n, -1)
     else:
         weights = (torch.ops.quantized.embedding_bag_byte_unpack if table.device.type == "cpu" else unpacked)(table)
@@ -79,13 +79,15 @@ def rows_of_bags(n, bags, K):
 
 def to_int8(model):
     """Make every product of the layers and of the head int8. The embeddings stay: a token reads one row of them."""
-    for parent in [*model.model.layers.modules(), model]:
-        own = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
-        if own:  # one width for all that may be joined; the head, alone, may fill up its last row
-            common = math.gcd(*(child.out_features for _, child in own))
-            width = next(width for width in range(WIDTH, 0, -1) if common % width == 0) if len(own) > 1 else min(WIDTH, common)
-            for name, child in own:
-                setattr(parent, name, Int8Linear(child.weight.detach(), width))
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for parent, *names in ((attention, "q_proj", "k_proj", "v_proj"), (attention, "o_proj"), (mlp, "gate_proj", "up_proj"), (mlp, "down_proj")):
+            sizes = [getattr(parent, name).out_features for name in names]  # of projections that will be joined: one width
+            widths = [width for width in range(WIDTH, 0, -1) if math.gcd(*sizes) % width == 0]
+            width = next((width for width in widths if sum(sizes) // width % 2 == 0), widths[0])  # an even number of bags: two threads get as many
+            for name in names:
+                setattr(parent, name, Int8Linear(getattr(parent, name).weight.detach(), width))
+    model.lm_head = Int8Linear(model.lm_head.weight.detach(), min(WIDTH, model.lm_head.out_features))  # alone and large: its last row may be filled up
 
 
 def join(projections):
