@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from tests.bench.train import llama_model, minimind_model
-from tests.bench.turns import Contestant, alternate, table
+from tests.bench.turns import Contestant, alternate, chosen, table
 
 CONTESTANTS = (
     Contestant("ours", "ours, as sample.py prepares it: greedy"),
@@ -105,8 +105,7 @@ def main():
     args = parser.parse_args()
     if args.turn:
         return print(json.dumps(turn(args)))
-    wanted = args.only.split(",") if args.only else [contestant.name for contestant in CONTESTANTS]
-    contestants = [contestant for contestant in CONTESTANTS if contestant.name in wanted]
+    contestants = chosen(parser, CONTESTANTS, args.only)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("rounds", "only", "turn")]
     results = alternate(__file__, contestants, args.rounds, flags)
     print(f"\n{args.preset}, {args.new} new tokens after {args.prompt}; medians of {args.rounds} turns\n")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from tests.bench.train import loop_step, minimind_model
-from tests.bench.turns import Contestant, alternate, table
+from tests.bench.turns import Contestant, alternate, chosen, table
 
 CONTESTANTS = (
     Contestant("ours", "ours: 2 rows"),
@@ -141,7 +141,7 @@ def main():
         return print(json.dumps(turn(args)))
     if not args.input or not args.tokenizer:
         parser.error("give --input FILES and --tokenizer DIR")
-    contestants = [contestant for contestant in CONTESTANTS if not args.only or contestant.name in args.only.split(",")]
+    contestants = chosen(parser, CONTESTANTS, args.only)
     with tempfile.TemporaryDirectory() as place:
         used = write_pairs(args, Path(place))
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("input", "tokenizer", "rounds", "only", "data", "turn")]

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # so that `import train` is the project's loop, not this file
 
-from tests.bench.turns import Contestant, alternate, table
+from tests.bench.turns import Contestant, alternate, chosen, table
 
 CONTESTANTS = (
     Contestant("ours", "ours: Muon, document mask"),
@@ -190,8 +190,7 @@ def main():
     args = parser.parse_args()
     if args.turn:
         return print(json.dumps(turn(args)))
-    wanted = args.only.split(",") if args.only else [contestant.name for contestant in CONTESTANTS]
-    contestants = [contestant for contestant in CONTESTANTS if contestant.name in wanted]
+    contestants = chosen(parser, CONTESTANTS, args.only)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("rounds", "only", "turn")]
     results = alternate(__file__, [Contestant("machine", "machine"), *contestants], args.rounds, flags)
 

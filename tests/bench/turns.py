@@ -20,6 +20,16 @@ class Contestant:
     tuned: bool = True  # with the allocator's settings that our own commands start themselves with (nanomind/cli.py)
 
 
+def chosen(parser, contestants, only):
+    """Those that --only names, separated by commas; all when it names none."""
+    names = [contestant.name for contestant in contestants]
+    wanted = only.split(",") if only else names
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: expected {', '.join(names)}")
+    return [contestant for contestant in contestants if contestant.name in wanted]
+
+
 def alternate(script, contestants, rounds, flags):
     """Run `script --turn NAME flags` for every contestant, `rounds` times over, so that a machine that is busy for a while is busy for all.
 
