@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanomind.config import ModelConfig, load_preset
+from nanomind.config import PRESETS, ModelConfig, load_preset
 from nanomind.fast import Int8Linear, Step, int8_product, pack, packs, product, quantise, unpacked
 from nanomind.generate import Sampling, generate, prepare
 from nanomind.model import KVCache, LanguageModel
@@ -188,6 +188,19 @@ def test_int8_weights_are_a_byte_each():
     products = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2)  # the embeddings once, as the head
     prepare(model, "cpu", "bf16", 1, int8=True)
     assert products < sum(tensor.nbytes for tensor in model.state_dict().values()) - model.model.embed_tokens.weight.nbytes < 1.1 * products
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_threads_get_as_many_bags_of_int8_weights(preset):
+    """Three bags for two threads take as long as four. The head has so many that one more does not count."""
+    model = LanguageModel(replace(load_preset(preset)[0], num_hidden_layers=1))
+    prepare(model, "cpu", "bf16", 1, int8=True)
+    layer = model.model.layers[0]
+    for inputs, projections in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.self_attn, ("o_proj",)), (layer.mlp, ("gate_proj", "up_proj")),
+                                (layer.mlp, ("down_proj",))):
+        tables = [getattr(inputs, name) for name in projections]
+        assert sum(len(table.weight) for table in tables) % (2 * tables[0].in_features) == 0, projections
+        assert len({table.weight.size(1) for table in tables}) == 1
 
 
 @pytest.mark.parametrize("gain, rows, precision, dtype", ((3.0, 256, "auto", "bfloat16"), (0.5, 256, "auto", "float32"), (3.0, 1, "auto", "float32"),
