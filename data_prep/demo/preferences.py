@@ -43,11 +43,12 @@ def about_nothing(dice, kind, lang):
         about, fact = dice.pick(absent), dice.pick(known(lang).by_relation[dice.pick(own)])
         return said(dice, about_name(dice, fact.relation, about, lang), lang, about), decline(dice, lang, "full"), answer(dice, fact, lang, about, "full")
     question, about, section = unanswerable(dice, lang)
-    question, chosen = said(dice, question, lang, about), decline(dice, lang, "full", about, section)
+    section = section if section in ("far", "bigger") else "decline"  # the usual sentence, which chats have settled, not one with the name in it
+    question, chosen = said(dice, question, lang, about), decline(dice, lang, "full", section=section)
     if kind == "shrug":
-        return question, chosen, decline(dice, lang, "curt", about, section)
+        return question, chosen, decline(dice, lang, "curt", section=section)
     fact = dice.pick(known(lang).by_subject.get(about) or known(lang).facts)
-    return question, chosen, answer(dice, fact, lang, fact.subject[lang][0] if section in ("far", "bigger") else about, "full")
+    return question, chosen, answer(dice, fact, lang, about if section == "decline" else fact.subject[lang][0], "full")
 
 
 def in_talk(dice, lang):
