@@ -325,6 +325,9 @@ def test_pairs_prefer_what_the_issue_wants():
             assert chosen in rejected and len(rejected) > len(chosen)
             question, chosen, rejected = about_nothing(dice, "invented", lang)
             assert declined(chosen) and not declined(rejected)
+            # chats have settled the usual sentence; one with the name in it is rarer there than "不知道。", and stays less likely
+            usual = {line for section in ("decline", "far", "bigger") for line in sections("talk")[section].get("full_" + lang, [])}
+            assert chosen in usual and about_nothing(dice, "shrug", lang)[1] in usual
 
 
 @pytest.mark.parametrize("content", ["你好\n", "[hello]\n你好\n"])
