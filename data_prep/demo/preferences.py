@@ -43,7 +43,6 @@ def about_nothing(dice, kind, lang):
         about, fact = dice.pick(absent), dice.pick(known(lang).by_relation[dice.pick(own)])
         return said(dice, about_name(dice, fact.relation, about, lang), lang, about), decline(dice, lang, "full"), answer(dice, fact, lang, about, "full")
     question, about, section = unanswerable(dice, lang)
-    section = "decline" if section == "name" else section  # the usual sentence, which chats have settled, not one with the name in it
     question, chosen = said(dice, question, lang, about), decline(dice, lang, "full", section=section)
     if kind == "shrug":
         return question, chosen, decline(dice, lang, "curt", section=section)

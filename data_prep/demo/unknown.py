@@ -51,7 +51,7 @@ def misheard(dice, relation, lang):
 
 
 def unanswerable(dice, lang):
-    """(question, name in it, section of talk/ that declines it: "name" where nobody has it, which may say so)"""
+    """(question, name in it, section of talk/ that declines it)"""
     kind = dice.pick(KINDS)
     own, absent, lacks = dice.pick(classes(lang))
     if kind in ("absent", "misheard"):
@@ -59,7 +59,7 @@ def unanswerable(dice, lang):
         made = misheard(dice, dice.pick(own), lang) if kind == "misheard" else None
         made = made or (dice.pick(absent) if absent else None)
         if made:
-            return about_name(dice, relation, made, lang), made, "name"
+            return about_name(dice, relation, made, lang), made, "decline"
     if kind == "lacks":
         while not lacks:
             own, absent, lacks = dice.pick(classes(lang))
@@ -69,7 +69,7 @@ def unanswerable(dice, lang):
     if kind == "strange":  # of a class the world has nothing of
         _, absent, lacks = dice.pick([each for each in all_classes(lang) if not each[0] and each[1] and each[2]])
         made = dice.pick(absent)
-        return about_name(dice, "is", made, lang) if dice.random() < 0.2 else fill(dice, dice.pick(lacks), s=made), made, "name"
+        return about_name(dice, "is", made, lang) if dice.random() < 0.2 else fill(dice, dice.pick(lacks), s=made), made, "decline"
     if kind == "senseless":
         relation = dice.pick([each for each in SENSELESS if each in known(lang).by_relation])
         classed = [each for each in classes(lang) if relation not in each[0] and not PHRASES & set(each[0])]

@@ -194,9 +194,9 @@ def reply(dice, section, lang, how, **slots):
 
 
 def decline(dice, lang, how, about="", section="decline"):
-    """Say politely (full), curtly or in another way that one does not know; in one case of five where nobody has the name `about`, that one does not know
-    it. Of a known name this would be a lie."""
-    return reply(dice, "decline" if section == "name" and dice.random() >= 0.2 else section, lang, how, s=about)
+    """Say politely (full), curtly or in another way that one does not know; `about` is the name that was asked for."""
+    named = about and section == "decline" and dice.random() < 0.2
+    return reply(dice, "name" if named else section, lang, how, s=about)
 
 
 def declined(text):
