@@ -52,11 +52,14 @@ def rendered(tokenizer, messages):
 
 
 def knowing(tokenizer, conversations):
-    """The tokenizer, but it has encoded the contents of these conversations already: all at once is many times faster."""
+    """The tokenizer, but it has encoded the contents of these conversations, and what stands around each, already: all at once is many times faster."""
     import numpy as np
 
-    texts = list({part for messages in conversations for message in messages
-                  for part in ([message["content"]] if isinstance(message["content"], str) else message["content"]) if part is not None})
+    from nanomind.tokenizer import ROLES
+
+    around = {"\n", *(f"{role}\n" for role in ROLES)}
+    texts = list(around | {part for messages in conversations for message in messages
+                           for part in ([message["content"]] if isinstance(message["content"], str) else message["content"]) if part is not None})
     ids, starts = tokenizer.encode_many(texts)
     known = {text: part.tolist() for text, part in zip(texts, np.split(ids, starts[1:]))}
     quick = copy.copy(tokenizer)
@@ -70,7 +73,7 @@ def recognised(reader, formats):
     for where, record in reader:
         if where.rpartition(":")[0] != file:
             file, name = where.rpartition(":")[0], None
-        fitting = [each for each, (fields, of_message) in formats.items() if fits(record, fields, of_message)]
+        fitting = [each for each in [name] if each and fits(record, *formats[each])] or [each for each in formats if fits(record, *formats[each])]
         if name is None and fitting and record[formats[fitting[0]][0][0]] != []:
             name = fitting[0]
             print(f"{file}: {name} format")
