@@ -97,6 +97,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # computes in fp32 inside; one call, when one token is all there is
 
 
+def pick(x, places):
+    """x (B, T, C) at `places` of its B T tokens, (N, C); or all of it."""
+    return x if places is None else x.flatten(0, 1)[places]
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -110,13 +115,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm, self.heads = config.qk_norm, (H, K)
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, mask, cache, layer, places=None):
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         if mask is not None and cache is None and by_hand(x, self.q_proj):
             joined = Products.apply(x, *(projection.weight for projection in projections))
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else (None, None, 0.0)
-            return self.o_proj(AttentionFunction.apply(joined, *norms, *rope, mask, *self.heads))
+            return self.o_proj(pick(AttentionFunction.apply(joined, *norms, *rope, mask, *self.heads), places))
         q, k, v = (projection(x).view(B, T, -1, self.head_dim) for projection in projections)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -124,7 +129,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(pick(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1), places))
 
 
 class MLP(nn.Module):
@@ -150,8 +155,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, mask, cache, layer, places=None):
+        x = pick(x, places) + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer, places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -192,9 +197,10 @@ class LanguageModel(nn.Module):
                 p.fill_(1.0)
         return self
 
-    def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
+    def forward(self, tokens, doc_ids=None, cache=None, embeddings=None, places=None):
         """tokens: (B, T) ids; doc_ids: (B, T), which document a token belongs to, or None for one; embeddings: (B, T, C) instead of the
-        tokens' own (this is how images come in). With a cache the tokens follow those it holds. Returns hidden states (B, T, C)."""
+        tokens' own (this is how images come in). With a cache the tokens follow those it holds. Returns hidden states (B, T, C), or with `places`,
+        (N,) of the B T tokens, those alone, (N, C): behind the last layer's attention nobody looks at the others any more."""
         B, T = tokens.shape
         x = self.model.embed_tokens(tokens) if embeddings is None else embeddings
         start = cache.length if cache is not None else 0
@@ -205,10 +211,11 @@ class LanguageModel(nn.Module):
         mask = attention_mask(T, doc_ids, S, product_dtype(x), x.device)
         rope = rope_table(self.config, start, T, x.device)
         for i, layer in enumerate(self.model.layers):
+            wanted = places if i == len(self.model.layers) - 1 else None
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, rope, mask, cache, i, use_reentrant=False)
+                x = checkpoint(layer, x, rope, mask, cache, i, wanted, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache, i)
+                x = layer(x, rope, mask, cache, i, wanted)
         if cache is not None:
             cache.length = S
         return self.model.norm(x)

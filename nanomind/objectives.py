@@ -102,11 +102,17 @@ def token_nll(hidden, weight, labels, dtype):
 
 
 def targets(model, batch):
-    """Run the model -> hidden states (N, C) and labels (N,) of the batch's targets, and their places in the flattened batch. Rows of tokens
-    without a target never reach the head."""
+    """Run the model -> hidden states (N, C) and labels (N,) of the batch's targets, and their places in the flattened batch."""
     chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,)
-    hidden = model(batch.tokens, batch.doc_ids) if batch.features is None else model(batch.tokens, batch.doc_ids, features=batch.features, slots=batch.slots)
-    return hidden.flatten(0, 1)[chosen], batch.labels.flatten()[chosen], chosen
+    return states(model, batch, chosen), batch.labels.flatten()[chosen], chosen
+
+
+def states(model, batch, chosen):
+    """Run the model -> hidden states at `chosen` places of the flattened batch, (N, C). Other tokens reach neither the head nor all of the last layer."""
+    sight = {} if batch.features is None else {"features": batch.features, "slots": batch.slots}
+    if len(chosen) == batch.tokens.numel():
+        return model(batch.tokens, batch.doc_ids, **sight).flatten(0, 1)
+    return model(batch.tokens, batch.doc_ids, places=F.pad(chosen, (0, -len(chosen) % ROUND)), **sight)[:len(chosen)]
 
 
 class NextToken:
@@ -174,11 +180,11 @@ class Distill(NextToken):
         self.teacher, self.alpha, self.temperature = run.teacher.eval().requires_grad_(False), run.cfg.alpha, run.cfg.distill_temperature
         self.states = run.states
 
-    def _loss(self, model, batch, states=None):
+    def _loss(self, model, batch, kept=None):
         hidden, labels, chosen = targets(model, batch)
         dtype = product_dtype(hidden)
         with torch.no_grad():
-            theirs = states.of(batch, chosen) if states else self.teacher(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen].to(dtype)
+            theirs = kept.of(batch, chosen) if kept else states(self.teacher, batch, chosen).to(dtype)
             weight = self.teacher.lm_head.weight.to(dtype)
         sums = {"ce": 0.0, "kl": 0.0}
         rule = distillation(labels, lambda rows: (filled(theirs[rows]) @ weight.T)[:len(theirs[rows])].float(), self.alpha, self.temperature, sums)

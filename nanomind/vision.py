@@ -173,10 +173,10 @@ class VisionLanguageModel(LanguageModel):
         projected = self.projector(features.to(self.projector[0].weight.dtype)).flatten(0, 1)  # (M * P, C)
         return embeddings.masked_scatter(place[..., None], projected[slots[place]].to(embeddings.dtype))
 
-    def forward(self, tokens, doc_ids=None, cache=None, embeddings=None, features=None, slots=None):
+    def forward(self, tokens, doc_ids=None, cache=None, embeddings=None, places=None, features=None, slots=None):
         if features is not None:
             embeddings = self.see(tokens, features, slots)
-        return super().forward(tokens, doc_ids, cache, embeddings)
+        return super().forward(tokens, doc_ids, cache, embeddings, places)
 
 
 def add_eyes(model, vision, checkpointing=False, seed=0):

@@ -179,10 +179,10 @@ def test_norms_and_losses_stay_fp32_under_autocast():
 class Plain(LanguageModel):
     """The same model through the plain lines: gradients are wanted, but nothing is done by hand."""
 
-    def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
+    def forward(self, tokens, doc_ids=None, **more):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nanomind.model.by_hand", lambda *x: False)
-            return super().forward(tokens, doc_ids, cache, embeddings)
+            return super().forward(tokens, doc_ids, **more)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

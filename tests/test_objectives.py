@@ -74,6 +74,35 @@ def blocks(request, monkeypatch):
 
 # ---- distillation
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("share", (0.0, 0.02, 0.4, 1.0))
+def test_the_last_layer_goes_on_with_the_targets_alone(share, checkpointing, dtype):
+    """Behind its attention nobody looks at the other tokens: losses and gradients are those of all hidden states, of which the targets' are taken."""
+    model, batch = model_of(0), batch_of(rows=4, T=90)
+    model.checkpointing = checkpointing
+    batch.labels = torch.where(torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(1)) < share, batch.tokens, IGNORE)
+    batch.doc_ids[:, 50:], batch.doc_ids[2, 80:] = 1, -1
+    seen, results = [], []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, x, out: seen.append(out.flatten(0, -2).size(0)))
+    chosen = (batch.labels != IGNORE).flatten()
+    for place in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if place:
+                hidden = objectives.targets(model, batch)[0]
+                assert seen == [360, {0.0: 0, 0.02: 128, 0.4: 256, 1.0: 360}[share]]  # filled up: see objectives.ROUND
+            else:
+                hidden = model(batch.tokens, batch.doc_ids).flatten(0, 1)[chosen]
+            assert len(hidden) == chosen.sum()
+            loss = objectives.HeadLoss.apply(hidden, model.lm_head.weight, objectives.cross_entropy(batch.labels.flatten()[chosen]), dtype)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-5 if dtype == torch.float32 else 0.02 * other.abs().max().item() + 1e-6, rtol=1e-5)
+
+
 def test_a_student_like_its_teacher_has_nothing_to_learn():
     """Teacher and student shifted by one position against each other trained quietly in a public recipe: equal models must give 0 and gradient 0."""
     loss, grad = gradient(distill(teacher=4), model_of(4), batch_of())

@@ -76,8 +76,8 @@ def ours(args, folder, flags, start):
     from nanomind.objectives import NextToken
 
     class Causal(LanguageModel):
-        def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
-            return super().forward(tokens, None, cache, embeddings)
+        def forward(self, tokens, doc_ids=None, **more):
+            return super().forward(tokens, None, **more)
 
     given = parse_flags(TrainConfig, flags, "")
     cfg, shape = settle({"preset": args.preset, "time_limit": args.minutes, "threads": args.threads, **given})

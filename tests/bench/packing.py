@@ -33,8 +33,8 @@ def turn(args):
     from nanomind.stages import STAGES
 
     class Causal(LanguageModel):
-        def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
-            return super().forward(tokens, None, cache, embeddings)
+        def forward(self, tokens, doc_ids=None, **more):
+            return super().forward(tokens, None, **more)
 
     folder = bins.open_folder(args.data)
     cfg, shape = settle(dict(stage="sft", preset=args.preset, batch_size=args.batch, seq_len=args.seq_len, threads=args.threads, steps=10_000), STAGES["sft"].defaults)

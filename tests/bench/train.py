@@ -47,8 +47,8 @@ def our_step(args, name):
     class Causal(LanguageModel):
         """Ignores documents: what the mask costs is the difference."""
 
-        def forward(self, tokens, doc_ids=None, cache=None, embeddings=None):
-            return super().forward(tokens, None, cache, embeddings)
+        def forward(self, tokens, doc_ids=None, **more):
+            return super().forward(tokens, None, **more)
 
     cfg, shape = settle(dict(preset=args.preset, batch_size=args.batch, seq_len=args.seq_len, threads=args.threads, steps=1000,
                              **({"optimizer": "adamw", "lr": 5e-4} if "adamw" in name else {})))
