@@ -211,7 +211,7 @@ def answered(model_folder, prompts, cfg, longest):
         demo.write(prompts.parent, files=(prompts.name,))
     answers = prompts.with_name(f"answers-{fingerprint([model_folder / 'model.safetensors', prompts])}.jsonl")
     if not answers.is_file():
-        write_answers(model_folder, [prompts], answers, batch_size=256, max_new_tokens=longest, threads=cfg.threads, precision=cfg.precision)
+        write_answers(model_folder, [prompts], answers, batch_size=512, max_new_tokens=longest, threads=cfg.threads, precision=cfg.precision)
     return answers
 
 
