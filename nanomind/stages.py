@@ -63,7 +63,7 @@ STAGES = {
     "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"seq_len": 512, "lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
                  demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.6, tokens=4.8e6),
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
-                     demo={**SHORT, "lr": 0.04, "adam_lr": 0.02}, minutes=2.5, tokens=0.5e6),
+                     demo={**SHORT, "lr": 0.03, "adam_lr": 0.02}, minutes=2.5, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
                  flags=("beta", "label_smoothing", "dpo_loss"), demo={**SHORT, "lr": 3e-5}, minutes=0.9, tokens=0.45e6),
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"seq_len": 512, "weight_decay": 0.0}, (), EYES, "projector.",
