@@ -104,10 +104,10 @@ def token_nll(hidden, weight, labels, dtype):
 def targets(model, batch):
     """Run the model -> hidden states (N, C) and labels (N,) of the batch's targets, and their places in the flattened batch."""
     chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]  # (N,)
-    return states(model, batch, chosen), batch.labels.flatten()[chosen], chosen
+    return hidden_at(model, batch, chosen), batch.labels.flatten()[chosen], chosen
 
 
-def states(model, batch, chosen):
+def hidden_at(model, batch, chosen):
     """Run the model -> hidden states at `chosen` places of the flattened batch, (N, C). Other tokens reach neither the head nor all of the last layer."""
     sight = {} if batch.features is None else {"features": batch.features, "slots": batch.slots}
     if len(chosen) == batch.tokens.numel():
@@ -184,7 +184,7 @@ class Distill(NextToken):
         hidden, labels, chosen = targets(model, batch)
         dtype = product_dtype(hidden)
         with torch.no_grad():
-            theirs = kept.of(batch, chosen) if kept else states(self.teacher, batch, chosen).to(dtype)
+            theirs = kept.of(batch, chosen) if kept else hidden_at(self.teacher, batch, chosen).to(dtype)
             weight = self.teacher.lm_head.weight.to(dtype)
         sums = {"ce": 0.0, "kl": 0.0}
         rule = distillation(labels, lambda rows: (filled(theirs[rows]) @ weight.T)[:len(theirs[rows])].float(), self.alpha, self.temperature, sums)

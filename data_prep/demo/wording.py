@@ -194,7 +194,8 @@ def reply(dice, section, lang, how, **slots):
 
 
 def decline(dice, lang, how, about="", section="decline"):
-    """Say politely (full), curtly or in another way that one does not know; `about` is the name that was asked for."""
+    """Say politely (full), curtly or in another way that one does not know; `about` is the name that was asked for, which one in five says,
+    also where it is known and only the question has no answer: truer ones taught less (docs/recipe.md)."""
     named = about and section == "decline" and dice.random() < 0.2
     return reply(dice, "name" if named else section, lang, how, s=about)
 
