@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import bpe
 from data_prep import demo
 from data_prep.demo.pretrain import CHOICE, Dice, one_pass
 from data_prep.demo.world import LANGUAGES, _read_table, passages, relations
+from nanomind.config import PRESETS
 from nanomind.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,13 @@ def test_the_roles_of_a_chat_are_a_token_each(tmp_path):
     vocab_size = STAGES["pretrain"].demo["vocab_size"]
     tokenizer = bpe.train(demo.write(tmp_path, files=STAGES["pretrain"].builtin), vocab_size)
     assert [len(tokenizer.encode(role)) for role in ("user", "assistant")] == [1, 1]
+
+
+def test_the_student_has_at_most_three_tenths_of_its_teacher():
+    """A bigger vocabulary costs the student more than its teacher."""
+    teacher, student = (replace(PRESETS[STAGES[name].demo.get("preset") or STAGES[name].defaults["preset"]][0], vocab_size=STAGES[name].demo["vocab_size"])
+                        for name in ("pretrain", "distill"))
+    assert student.parameters() <= 0.3 * teacher.parameters()
 
 
 @pytest.mark.parametrize("form", ["relation", "subject", "random"])
