@@ -13,9 +13,9 @@ from data_prep import chat, demo, pairs
 from data_prep.demo.chats import AUTOMATIC, REFUSED, conversations, following, mention, reading, single, topics
 from data_prep.demo.preferences import about_a_fact, about_nothing
 from data_prep.demo.pretrain import Dice, capital
-from data_prep.demo.unknown import KINDS, all_classes, misheard, unanswerable
+from data_prep.demo.unknown import KINDS, all_classes, misheard, told, unanswerable
 from data_prep.demo.wording import answer, ask, decline, declined, known, said
-from data_prep.demo.world import ALWAYS_ASKED, LANGUAGES, SECOND, Fact, held_out, relations, sections
+from data_prep.demo.world import ALWAYS_ASKED, LANGUAGES, SECOND, Fact, held_out, passages, relations, sections
 from nanomind.records import Reader
 from nanomind.exam import PROMPTS, QUESTIONS
 
@@ -168,7 +168,20 @@ def test_unanswerable_questions_name_nothing_known():
         for own, absent, _ in all_classes(lang):
             assert not [each for each in absent if each in {name for relation in own or known(lang).relations for fact in known(lang).relations[relation].facts
                                                             for name in fact.subject.get(lang, [])}], own
-    assert set(KINDS) == {"absent", "misheard", "lacks", "far", "strange", "senseless", "bigger"}
+    assert set(KINDS) == {"absent", "misheard", "lacks", "told", "far", "strange", "senseless", "bigger"}
+
+
+def test_what_the_prose_tells_of_is_also_asked_for_what_it_does_not_tell(monkeypatch):
+    """Otherwise its passage is the answer to every question in which its name stands."""
+    dice = Dice(4)
+    for lang in LANGUAGES:
+        names = {name for name, _ in told(lang)}
+        assert len(names) == len(told(lang)) > 10
+        prose = " ".join([*passages()[lang], *(topic for topic, _ in topics(lang))]).lower()
+        assert not [name for name in names if name.lower() not in prose]
+        monkeypatch.setattr("data_prep.demo.unknown.KINDS", ["told"])
+        asked = [unanswerable(dice, lang) for _ in range(300)]
+        assert {about for _, about, _ in asked} == names and all(about.lower() in question.lower() for question, about, _ in asked)
 
 
 def test_a_story_holds_the_answer_to_its_question(monkeypatch):
@@ -303,7 +316,7 @@ def test_pairs_are_read_by_data_prep_and_differ_in_the_answer(tmp_path, capsys):
         assert not re.search(r"[{}|]", told)
 
 
-def test_pairs_prefer_what_the_issue_wants():
+def test_pairs_prefer_what_the_issue_wants(monkeypatch):
     dice = Dice(1)
     for lang in LANGUAGES:
         for _ in range(100):
@@ -316,6 +329,9 @@ def test_pairs_prefer_what_the_issue_wants():
             # chats have settled the usual sentence; one with the name in it is rarer there than "不知道。", and stays less likely
             usual = {line for section in ("decline", "far", "bigger") for line in sections("talk")[section].get("full_" + lang, [])}
             assert chosen in usual and about_nothing(dice, "shrug", lang)[1] in usual
+    monkeypatch.setattr("data_prep.demo.unknown.KINDS", ["told"])  # what would be wrong there is the passage
+    found = [about_nothing(dice, "invented", "zh")[2] for _ in range(300)]
+    assert sum(len(rejected) > 40 for rejected in found) > 60
 
 
 @pytest.mark.parametrize("content", ["你好\n", "[hello]\n你好\n"])

@@ -3,7 +3,7 @@ In: the tables and sections (world.py), a seed, how many pairs. Out: dpo.jsonl, 
 Next: data_prep/demo/exam.py
 """
 
-from data_prep.demo.chats import messages, small
+from data_prep.demo.chats import messages, small, topics
 from data_prep.demo.pretrain import Dice, write_lines
 from data_prep.demo.unknown import about_name, classes, unanswerable
 from data_prep.demo.wording import answer, ask, decline, fill, known, said, swapped
@@ -46,6 +46,9 @@ def about_nothing(dice, kind, lang):
     question, chosen = said(dice, question, lang, about), decline(dice, lang, "full", section=section)
     if kind == "shrug":
         return question, chosen, decline(dice, lang, "curt", section=section)
+    passage = [told for topic, told in topics(lang) if topic == about]
+    if passage:
+        return question, chosen, dice.choose(passage[0])
     fact = dice.pick(known(lang).by_subject.get(about) or known(lang).facts)
     return question, chosen, answer(dice, fact, lang, about if section == "decline" else fact.subject[lang][0], "full")
 

@@ -11,7 +11,7 @@ from data_prep.demo.wording import ask, fill, known
 # Asked about a subject of another class, these are plainly senseless ("the capital of the octopus").
 SENSELESS = ("capital", "author", "symbol", "inventor", "festival_date", "language", "planet_order")
 PHRASES = {"health", "superlative"}  # their subjects are no names
-KINDS = ["absent"] * 34 + ["misheard"] * 18 + ["lacks"] * 22 + ["far"] * 15 + ["strange"] * 12 + ["senseless"] * 5 + ["bigger"] * 6
+KINDS = ["absent"] * 34 + ["misheard"] * 15 + ["lacks"] * 22 + ["told"] * 12 + ["far"] * 13 + ["strange"] * 12 + ["senseless"] * 5 + ["bigger"] * 5
 
 
 @functools.cache
@@ -30,6 +30,13 @@ def all_classes(lang):
 def classes(lang):
     """Those of which the world holds something."""
     return [each for each in all_classes(lang) if each[0]]
+
+
+@functools.cache
+def told(lang):
+    """(name that the prose tells much of, questions about what it does not tell) in the language."""
+    found = [(section.get("told_" + lang, []), section.get("lacks_" + lang)) for section in sections("talk").values()]
+    return [(name, lacks) for names, lacks in found for line in names for name in line.split("/" if lang == "en" else " ")]
 
 
 def misheard(dice, relation, lang):
@@ -65,6 +72,9 @@ def unanswerable(dice, lang):
             own, absent, lacks = dice.pick(classes(lang))
         relation = dice.pick(own)
         subject = dice.pick([fact for fact in known(lang).facts + known(lang).unasked if fact.relation == relation]).subject[lang][0]
+        return fill(dice, dice.pick(lacks), s=subject), subject, "decline"
+    if kind == "told":
+        subject, lacks = dice.pick(told(lang))
         return fill(dice, dice.pick(lacks), s=subject), subject, "decline"
     if kind == "strange":  # of a class the world has nothing of
         _, absent, lacks = dice.pick([each for each in all_classes(lang) if not each[0] and each[1] and each[2]])
