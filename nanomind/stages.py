@@ -61,7 +61,7 @@ STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
                       demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7, tokens=2.6e6),
     "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"seq_len": 512, "lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.6, tokens=4.8e6),
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=6.9, tokens=5.0e6),
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.03, "adam_lr": 0.02}, minutes=2.5, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,
@@ -69,7 +69,7 @@ STAGES = {
     "vlm-1": Stage("images", ("scenes/train.jsonl",), ("dpo", "sft", "pretrain"), Describe, {"seq_len": 512, "weight_decay": 0.0}, (), EYES, "projector.",
                    SHORT, ("dpo", "sft"), 0.8),
     "vlm-2": Stage("images", ("scenes/train.jsonl",), ("vlm-1",), Describe, {"seq_len": 512, "lr": 0.006, "adam_lr": 0.003, "weight_decay": 0.0}, (), EYES,
-                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=2.0),
+                   demo={**SHORT, "lr": 0.003, "adam_lr": 0.0015}, replay=("dpo", "sft"), minutes=1.7),
 }
 JOURNEY = "all"  # the group that goes on by itself where it was interrupted, and is measured after every stage (journey.py)
 GROUPS = {"vlm": ("vlm-1", "vlm-2"), JOURNEY: tuple(STAGES)}  # names of several rows, one after the other; --phase N takes the N-th
