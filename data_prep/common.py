@@ -6,17 +6,15 @@ Each kind of data is a module with two functions, everything else happens here:
 Next: data_prep/text.py
 """
 
-import functools
 import hashlib
 import importlib
 import multiprocessing
 import os
+import queue
 import signal
-import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from nanomind.cli import Parser
@@ -112,14 +110,34 @@ def _encoded(batches, kind, folder, tokenizer, workers):
     if workers == 1:
         yield from ((split, encode(tokenizer, items)) for split, items in batches)
         return
-    pool = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), _start_worker, (kind, str(folder)))
+    spawn, idle, processes = multiprocessing.get_context("spawn"), queue.SimpleQueue(), []
+    for _ in range(workers - 1):  # each gets ready while the first batch is being read
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=_work, args=(theirs, kind, str(folder)), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        idle.put(ours)
+
+    def ask(items):
+        """A pipe for each: when its process dies, however much of an answer it has written, reading ends. (A ProcessPoolExecutor then waits for ever.)"""
+        pipe = idle.get()
+        try:
+            pipe.send(items)
+            found = pipe.recv()
+        except (EOFError, OSError):  # the latter in the middle of an answer
+            raise ValueError("a worker process died, perhaps for want of memory; try --workers 1") from None
+        finally:
+            idle.put(pipe)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    pool = ThreadPoolExecutor(workers - 1)
     try:
-        for _ in range(workers - 1):
-            pool.submit(int)  # starts a process now, which gets ready while the first batch is being read
         under_way = deque()
         for split, items in batches:
             if sum(not future.done() for _, future in under_way) < workers:  # one waits while all are at work
-                future = pool.submit(_work, kind, str(folder), items)
+                future = pool.submit(ask, items)
             else:
                 future = Future()
                 future.set_result(encode(tokenizer, items))
@@ -128,30 +146,31 @@ def _encoded(batches, kind, folder, tokenizer, workers):
                 split, future = under_way.popleft()
                 yield split, future.result()
         yield from ((split, future.result()) for split, future in under_way)
-    except BrokenProcessPool:
-        raise ValueError("a worker process died, perhaps for want of memory; try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        while not idle.empty():
+            idle.get().close()
+        for process in processes:
+            process.join()
 
 
-def _start_worker(kind, folder):
-    """Get ready. Ctrl-C is the parent's business; when the parent is gone, so is the worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _tools(kind, folder)[0].encode_many([])  # makes the corpus encoder
-
-
-def _work(kind, folder, items):
-    tokenizer, encode = _tools(kind, folder)
-    return encode(tokenizer, items)
-
-
-@functools.cache
-def _tools(kind, folder):
+def _work(pipe, kind, folder):
+    """Answer until the pipe is closed, by the parent or by its death. Ctrl-C is the parent's business."""
     from nanomind.tokenizer import Tokenizer
 
-    return Tokenizer.load(folder), importlib.import_module(f"data_prep.{kind}").encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tokenizer, encode = Tokenizer.load(folder), importlib.import_module(f"data_prep.{kind}").encode
+    tokenizer.encode_many([])  # makes the corpus encoder
+    try:
+        while True:
+            items = pipe.recv()
+            try:
+                found = encode(tokenizer, items)
+            except Exception as problem:  # which the parent raises
+                found = problem
+            pipe.send(found)
+    except (EOFError, ConnectionError):
+        pass
 
 
 def _report(out, totals, readers, characters, seconds, workers):

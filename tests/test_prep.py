@@ -150,8 +150,13 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     wait_until(lambda: tokens.exists() and tokens.stat().st_size)
     workers = children(parent.pid)
     assert len(workers) >= 2 and parent.poll() is None
-    if whom == "worker":
-        os.kill(workers[-1], signal.SIGKILL)
+    if whom == "worker":  # in the middle of its answer: while nobody reads, it can write no more than a pipe holds
+        parent.send_signal(signal.SIGSTOP)
+        wait_until(lambda: all(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "S" for worker in workers))
+        for worker in workers:
+            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():  # not the one that looks after semaphores
+                os.kill(worker, signal.SIGKILL)
+        parent.send_signal(signal.SIGCONT)
     else:
         parent.send_signal(signal.SIGKILL if whom == "parent" else signal.SIGINT)
     error = parent.communicate(timeout=30)[1]
