@@ -3,6 +3,7 @@ Next: test_data.py
 """
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -165,6 +166,13 @@ def test_kill_in_the_middle(tmp_path, tok, whom):
     if whom == "worker":
         assert error == "error: a worker process died, perhaps for want of memory; try --workers 1\n"
     assert (parent.returncode, (tmp_path / ".x.unfinished").exists()) == {"worker": (2, False), "ctrl-c": (130, False), "parent": (-9, True)}[whom]
+
+
+def test_what_goes_wrong_in_a_worker_is_told_by_its_parent(tok):
+    """And nobody is left waiting."""
+    with pytest.raises((AttributeError, TypeError)):
+        list(common._encoded(iter([("train", [5])]), "text", tok, tokenizer.Tokenizer.load(tok), 2))
+    assert not multiprocessing.active_children()
 
 
 def test_command_line(tmp_path, tok):
