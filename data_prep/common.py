@@ -169,7 +169,7 @@ def _work(pipe, kind, folder):
             except Exception as problem:  # which the parent raises
                 found = problem
             pipe.send(found)
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # the latter in the middle of a question
         pass
 
 

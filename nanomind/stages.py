@@ -56,7 +56,7 @@ class Run:
 
 
 EYES = ("clip", "clip_weights", "projector", "projector_lr", "feature_budget")
-SHORT = {"vocab_size": 4480, "seq_len": 256, "batch_size": 8}  # documents are short; more tokens than the text needs, so that names are whole (docs/recipe.md)
+SHORT = {"vocab_size": 4480, "seq_len": 256, "batch_size": 8}  # documents are short; so many tokens that two names in five are one (docs/recipe.md)
 STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
                       demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7, tokens=3.4e6),
