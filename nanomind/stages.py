@@ -61,7 +61,7 @@ STAGES = {
     "pretrain": Stage("text", ("pretrain.jsonl",), (), NextToken, {}, ("万有引力原理是", "The largest ocean on Earth is"),
                       demo={**SHORT, "preset": "demo", "lr": 0.015, "adam_lr": 0.008}, minutes=1.7, tokens=3.4e6),
     "sft": Stage("chat", ("sft.jsonl", "recall.jsonl"), ("pretrain",), NextToken, {"seq_len": 512, "lr": 0.003, "adam_lr": 0.001, "weight_decay": 0.0}, CHAT_PROMPTS,
-                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=7.1, tokens=6.6e6),
+                 demo={**SHORT, "lr": 0.012, "adam_lr": 0.005}, minutes=7.1, tokens=7.2e6),
     "distill": Stage("chat", ("prompts.jsonl",), (), Distill, {"preset": "pico", "seq_len": 512}, CHAT_PROMPTS, flags=("teacher", "alpha", "distill_temperature"),
                      demo={**SHORT, "lr": 0.03, "adam_lr": 0.02}, minutes=2.3, tokens=0.5e6),
     "dpo": Stage("pairs", ("dpo.jsonl",), ("sft",), DPO, {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "batch_size": 4, "seq_len": 1024}, CHAT_PROMPTS,

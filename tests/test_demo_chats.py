@@ -185,19 +185,26 @@ def test_what_the_prose_tells_of_is_also_asked_for_what_it_does_not_tell(monkeyp
 
 
 def test_a_story_holds_the_answer_to_its_question(monkeypatch):
-    """The statement about the very name that is asked for, which is no known one: that would come with two answers."""
+    """The statement about the very name and thing that are asked for; the name is no known one: that would come with two answers. Often something
+    else is told of the name too, or one could answer without looking at what is asked for."""
     from data_prep.demo import chats
-    marks = {"state": lambda dice, fact, relation, lang, subject: f"<{subject}#{fact.object[lang][0]}>", "ask": lambda dice, fact, lang, subject: f"?{subject}",
-             "said": lambda dice, question, *rest: question, "answer": lambda dice, fact, lang, subject, how: f"<{subject}#{fact.object[lang][0]}>"}
+    marks = {"state": lambda dice, fact, relation, lang, subject: f"<{subject}#{fact.relation}#{fact.object[lang][0]}>",
+             "ask": lambda dice, fact, lang, subject: f"?{fact.relation}#{subject}", "said": lambda dice, question, *rest: question,
+             "answer": lambda dice, fact, lang, subject, how: f"<{subject}#{fact.relation}#{fact.object[lang][0]}>"}
     for name, mark in marks.items():
         monkeypatch.setattr(chats, name, mark)
     dice = Dice(6)
     for lang in LANGUAGES:
         subjects = {name for relation in known(lang).relations.values() if relation.name != "is" for fact in relation.facts for name in fact.subject.get(lang, [])}
+        several = 0
         for _ in range(300):
             question, told = (message["content"] for message in reading(dice, lang))
-            name = question.rpartition("?")[2]
-            assert told.lower() in question.lower() and told.startswith(f"<{name}#") and name not in subjects, (question, told)
+            relation, _, name = question.rpartition("?")[2].partition("#")
+            assert told.lower() in question.lower() and told.startswith(f"<{name}#{relation}#") and name not in subjects, (question, told)
+            of_name = [piece.partition("#")[0] for piece in question.lower().split(f"<{name}#".lower())[1:]]
+            assert len(of_name) == len(set(of_name)) and of_name != ["is"], question
+            several += len(of_name) > 1
+        assert several > 100, several
 
 
 def test_a_mention_holds_the_answer_to_its_question(monkeypatch):
