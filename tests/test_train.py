@@ -434,7 +434,7 @@ def test_plan_and_batch_without_training(here, fast, capsys):
     assert not train.main({"preset": "base", "dry_run": True})
     assert "104.03M parameters (104,030,976)" in capsys.readouterr().out and not Path("out").exists()
     assert not train.main({"stage": "sft", "preset": "demo", "dry_run": True})
-    assert "about 6.6M tokens in the data" in capsys.readouterr().out  # of the built-in world's chats, not of its running text
+    assert "about 7.2M tokens in the data" in capsys.readouterr().out  # of the built-in world's chats, not of its running text
     assert not train.main({**fast, "dry_run": True}) and not Path("out").exists()
     assert "20 steps" in capsys.readouterr().out
     assert not train.main({**fast, "show_batch": True}) and not Path("out").exists()
