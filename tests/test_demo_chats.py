@@ -203,6 +203,7 @@ def test_a_story_holds_the_answer_to_its_question(monkeypatch):
             assert told.lower() in question.lower() and told.startswith(f"<{name}#{relation}#") and name not in subjects, (question, told)
             of_name = [piece.partition("#")[0] for piece in question.lower().split(f"<{name}#".lower())[1:]]
             assert len(of_name) == len(set(of_name)) and of_name != ["is"], question
+            assert len({known(lang).relations[each].kind.get(lang) for each in of_name if each != "is"} - {None}) < 2, question  # no city is where a sight lies
             several += len(of_name) > 1
         assert several > 100, several
 

@@ -13,7 +13,7 @@ from data_prep.demo.world import LANGUAGES, OFTEN, UNEXAMINED, passages, section
 REFUSED = {"zh": 0.24, "en": 0.17}  # of all conversations of a language; at a fifth of both, Chinese invented more and English declined more (recipe.md)
 # A greedy answer declines when one beginning of a refusal is likelier than the beginning of an answer, so nearly all refusals begin alike
 REFUSALS = ["full"] * 8 + ["curt", "other"]
-READ, MENTION = 0.14, 0.06  # of those about something: the answer stands before the question; with 0.08 another fact of the name was told more often (recipe.md)
+READ, MENTION = 0.14, 0.06  # of those about something: the answer stands before the question; of the former 0.08 taught less (recipe.md)
 FEW = 25  # facts: of a relation with fewer each is asked about twice as often, or its questions would be rare
 AUTOMATIC = ("who", "best_subject", "madman", "cough", "light", "hangzhou", "llm", "chatgpt", "usa")  # the questions of sample.py
 SMALL = ("hello", "thanks", "goodbye", "praise", "blame", "who", "can", "best_subject", "trained", "maker", "limits", "speak", "feel", "mood", "bored", "ok")
